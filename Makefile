@@ -1,0 +1,38 @@
+# Everything runs in .venv, which is made on first use and again when pyproject.toml or constraints.txt change.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help demo test check docs clean
+.DEFAULT_GOAL := help
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.venv/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install -c constraints.txt -e ".[torch,grib,dev]"
+	touch $@
+
+demo: .venv/.installed  ## make a dataset, cut it into 16 grid-chunks, verify it and plot it, in demo/
+	rm -rf demo
+	mkdir demo
+	$(BIN)/shardio synth demo/o96.zarr --grid o96 --dates 8 --grid-chunks 1
+	$(BIN)/shardio rechunk demo/o96.zarr demo/o96-16.zarr --grid-chunks 16
+	$(BIN)/shardio verify demo/o96-16.zarr --source demo/o96.zarr
+	$(BIN)/shardio info demo/o96-16.zarr --ranks 4
+	$(BIN)/shardio plot demo/o96-16.zarr --variable t --output demo/grid-chunks.png
+
+test: check  ## all checks, then all tests
+	$(BIN)/pytest
+
+check: .venv/.installed docs  ## lint, format, types, import rules, documentation
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo --no-cache
+
+docs: .venv/.installed  ## build the documentation into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+clean:  ## remove everything that make made
+	rm -rf .venv demo site build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,336 @@
+"""The command line: shardio rechunk, info, verify, synth, plot. stdout is the result, stderr progress and errors."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import sys
+import time
+from functools import partial
+from typing import Any
+
+import click
+
+from shardio import __version__
+from shardio.errors import ShardioError
+
+Json = dict[str, Any]
+
+
+class ByteSize(click.ParamType[int]):
+    """4GiB, 500MB, 1073741824."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"\s*([0-9.]+)\s*([KMGT]?)(i?)B?\s*", str(value), re.IGNORECASE)
+        if not match:
+            self.fail(f"{value!r} is not a size. Write 4GiB, 500MB or a number of bytes.", param, ctx)
+        base = 1024 if match[3] else 1000
+        return int(float(match[1]) * base ** ["", "K", "M", "G", "T"].index(match[2].upper()))
+
+
+class Names(click.ParamType[tuple[str, ...]]):
+    """a,b,c."""
+
+    name = "names"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        if isinstance(value, tuple):
+            return value
+        return tuple(name.strip() for name in value.split(",") if name.strip())
+
+
+class Commands(click.Group):
+    """Exit codes: 0 done, 1 failed with one message, 2 usage, 130 interrupted."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ShardioError as error:
+            if ctx.params.get("debug"):
+                raise
+            click.echo(f"Error: {error}", err=True)
+            ctx.exit(1)
+        except KeyboardInterrupt:
+            click.echo("Interrupted. What is written is kept: run the same command again to continue.", err=True)
+            ctx.exit(130)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="shardio")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def main(debug: bool) -> None:
+    r"""Weather datasets cut into grid-chunks, so that every rank reads only its cells.
+
+    \b
+    shardio synth waves.zarr --grid o96 --dates 40       make a dataset to try things on
+    shardio rechunk era5.zarr era5-16.zarr --grid-chunks 16
+    shardio info era5-16.zarr --ranks 4
+    shardio verify era5-16.zarr --source era5.zarr
+
+    \b
+    Shell completion: eval "$(_SHARDIO_COMPLETE=bash_source shardio)"   (or zsh_source, fish_source)
+    """
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+
+
+@main.command()
+@click.argument("source")
+@click.argument("destination")
+@click.option("--grid-chunks", "-n", type=int, required=True, help="Grid-chunks per date: a multiple of your ranks.")
+@click.option(
+    "--zarr-format", type=click.Choice(["2", "3"]), help="Default: that of the source; 3 where it is not Zarr."
+)
+@click.option("--codec", default="lz4", show_default=True, help="lz4 (fastest), zstd (smallest) or none.")
+@click.option("--start", help="First date: 2020, 2020-03, 2020-03-01 or 2020-03-01T06:00.")
+@click.option("--end", help="Last date, included: --end 2020 is all of 2020.")
+@click.option("--select", type=Names(), default=(), help="Keep these variables, in this order: t_850,z_500.")
+@click.option("--drop", type=Names(), default=(), help="Leave these variables out.")
+@click.option("--workers", type=click.IntRange(min=1), help="Use so many local processes.")
+@click.option("--scheduler", help="Use the workers of a dask cluster: tcp://host:8786.")
+@click.option("--max-memory", type=ByteSize(), default="4GiB", show_default=True, help="Of all buffers together.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing output, once the new one is complete.")
+@click.option("--fill-missing-chunks", is_flag=True, help="Take chunks absent from the source as its fill value.")
+@click.option("--fsync/--no-fsync", default=True, show_default=True, help="Survive power loss without redoing work.")
+@click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
+@json_option
+def rechunk(source: str, destination: str, **options: Any) -> None:
+    r"""Cut every date of SOURCE into grid-chunks, and write DESTINATION (a path that ends in .zarr).
+
+    SOURCE is an anemoi dataset (Zarr v2 or v3), a NetCDF or GRIB file, a CF Zarr, or a quoted pattern of files.
+    Run the same command again to continue after an interruption.
+
+    \b
+    shardio rechunk era5.zarr era5-16.zarr --grid-chunks 16
+    shardio rechunk era5.zarr sample.zarr -n 16 --start 2020 --end 2020-03 --select t_850,z_500
+    shardio rechunk "era5-*.nc" era5.zarr -n 16 --codec zstd
+    shardio rechunk era5.zarr era5-16.zarr -n 16 --scheduler tcp://10.0.0.1:8786
+    """
+    from shardio.rechunk import Request
+    from shardio.source import Selection
+
+    if options["workers"] and options["scheduler"]:
+        raise click.UsageError("--workers starts local processes, --scheduler uses a cluster: choose one.")
+    zarr_format = int(options["zarr_format"]) if options["zarr_format"] else None
+    request = Request(
+        source=source,
+        destination=destination,
+        grid_chunks=options["grid_chunks"],
+        zarr_format=zarr_format,
+        codec=options["codec"],
+        selection=Selection(options["start"], options["end"], options["select"], options["drop"]),
+        max_memory=options["max_memory"],
+        workers=options["workers"],
+        scheduler=options["scheduler"],
+        overwrite=options["overwrite"],
+        sync=options["fsync"],
+        fill_absent=options["fill_missing_chunks"],
+        command=shlex.join(["shardio", *sys.argv[1:]]),
+    )
+    _make(request, options["dry_run"], options["as_json"])
+
+
+@main.command()
+@click.argument("destination")
+@click.option("--grid", default="o96", show_default=True, help="Octahedral grid: o32, o96, o1280, ...")
+@click.option("--dates", type=click.IntRange(min=1), default=40, show_default=True, help="How many dates.")
+@click.option("--start", default="2020-01-01", show_default=True, help="First date.")
+@click.option("--hours", type=click.IntRange(min=1), default=6, show_default=True, help="Hours between dates.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Which waves.")
+@click.option("--grid-chunks", "-n", type=int, default=1, show_default=True, help="Grid-chunks per date.")
+@click.option("--zarr-format", type=click.Choice(["2", "3"]), default="3", show_default=True)
+@click.option("--codec", default="lz4", show_default=True, help="lz4, zstd or none.")
+@click.option("--max-memory", type=ByteSize(), default="4GiB", show_default=True, help="Of all buffers together.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing output.")
+@click.option("--fsync/--no-fsync", default=True, show_default=True, help="Survive power loss without redoing work.")
+@json_option
+def synth(destination: str, **options: Any) -> None:
+    r"""Write linear Rossby waves, an exact solution at every date: a dataset whose every value is known.
+
+    \b
+    shardio synth waves.zarr --grid o96 --dates 40
+    shardio synth big.zarr --grid o1280 --dates 4 --grid-chunks 16
+    """
+    from shardio.rechunk import Request
+    from shardio.synthetic_source import SyntheticSource
+
+    names = ("grid", "dates", "start", "hours", "seed")
+    opener = partial(SyntheticSource, **{name: options[name] for name in names})
+    request = Request(
+        source=opener().path,
+        destination=destination,
+        grid_chunks=options["grid_chunks"],
+        zarr_format=int(options["zarr_format"]),
+        codec=options["codec"],
+        max_memory=options["max_memory"],
+        overwrite=options["overwrite"],
+        sync=options["fsync"],
+        command=shlex.join(["shardio", *sys.argv[1:]]),
+        opener=opener,
+    )
+    _make(request, dry_run=False, as_json=options["as_json"])
+
+
+@main.command()
+@click.argument("path")
+@click.option("--ranks", type=click.IntRange(min=1), help="Show what each of so many ranks would read.")
+@json_option
+def info(path: str, ranks: int | None, as_json: bool) -> None:
+    r"""Show layout, dates, variables, codec, files and statistics of a dataset.
+
+    \b
+    shardio info era5-16.zarr --ranks 4
+    shardio info era5-16.zarr --json | jq .missing_dates
+    """
+    from shardio.info import describe, print_description
+
+    about = describe(path, ranks)
+    if as_json:
+        click.echo(json.dumps(about, indent=1))
+    else:
+        print_description(about)
+
+
+@main.command()
+@click.argument("path")
+@click.option("--source", help="Also compare every value with this source, bit for bit.")
+@click.option("--repair", is_flag=True, help="Write faulty chunks again from --source.")
+@json_option
+def verify(path: str, source: str | None, repair: bool, as_json: bool) -> None:
+    r"""Check the checksum of every chunk of PATH. Exit code 1 where anything is not as it was written.
+
+    \b
+    shardio verify era5-16.zarr
+    shardio verify era5-16.zarr --source era5.zarr
+    shardio verify era5-16.zarr --source era5.zarr --repair
+    """
+    from shardio import verify as checks
+    from shardio.progress import display
+
+    if repair and not source:
+        raise click.UsageError("--repair writes chunks again from the source: name it with --source.")
+    with display("checksums", _dates_of(path)) as bar:
+        faults = checks.check(path, lambda done, of: bar.update(done))
+    repaired = 0
+    if repair and source and faults:
+        repaired = checks.repair(path, source, faults)
+        still = checks.check(path)
+        faults = [fault for fault in faults if fault in still]
+    if source and not faults:
+        with display("values", _dates_of(path)) as bar:
+            faults = checks.compare(path, source, lambda done, of: bar.update(done))
+    if as_json:
+        found = {"path": path, "faults": [fault.to_json() for fault in faults], "dates_repaired": repaired}
+        click.echo(json.dumps(found, indent=1))
+    else:
+        for fault in faults:
+            click.echo(fault)
+        click.echo(_verdict(path, source, len(faults), repaired))
+    sys.exit(1 if faults else 0)
+
+
+@main.command()
+@click.argument("path")
+@click.option("--variable", required=True, help="Which variable.")
+@click.option("--date", help="Which date. Default: the first.")
+@click.option("--output", "-o", default="grid-chunks.png", show_default=True, help="PNG to write.")
+def plot(path: str, variable: str, date: str | None, output: str) -> None:
+    r"""Draw one field and its grid-chunks.
+
+    \b
+    shardio plot era5-16.zarr --variable t_850 --date 2020-03-01T06:00 -o t.png
+    """
+    from shardio.picture import draw
+
+    draw(path, variable, date, output)
+    click.echo(f"drew {output}")
+
+
+def _make(request: Any, dry_run: bool, as_json: bool) -> None:
+    """Prepare, show the plan, run with progress, end with one fact."""
+    from shardio.progress import display, duration, size
+    from shardio.rechunk import Progress, prepare, run
+
+    prepared = prepare(request)
+    if dry_run and as_json:
+        click.echo(json.dumps(_plan_as_json(prepared), indent=1))
+        return
+    click.echo(_plan_as_text(prepared), err=not dry_run)
+    if dry_run:
+        return
+    began = time.monotonic()
+    with display("rechunk", len(prepared.source.dates)) as bar:
+
+        def report(progress: Progress) -> None:
+            bar.update(progress.dates, progress.nbytes)
+
+        result = run(prepared, report)
+    seconds = time.monotonic() - began
+    if as_json:
+        click.echo(json.dumps({**vars(result), "seconds": seconds}))
+        return
+    resumed = f" ({result.resumed_dates} dates were there already)" if result.resumed_dates else ""
+    rate = result.nbytes / max(seconds, 1e-9) / 2**30
+    click.echo(
+        f"wrote {result.dates} dates x {result.grid_chunks} chunks, {size(result.nbytes)} "
+        f"in {duration(seconds)} ({rate:.2f} GiB/s){resumed}"
+    )
+
+
+def _plan_as_json(prepared: Any) -> Json:
+    plan, layout = prepared.plan, prepared.layout
+    return {
+        "source": prepared.request.source,
+        "destination": prepared.request.destination,
+        "shape": list(layout.shape),
+        "chunks": list(layout.chunks),
+        "zarr_format": layout.zarr_format,
+        "codec": str(layout.codec),
+        "tasks": len(plan.tasks),
+        "pieces_per_task": len(plan.pieces),
+        "bytes_needed": plan.bytes_needed,
+        "bytes_read": plan.bytes_read,
+        "read_amplification": plan.amplification,
+        "bytes_written": plan.bytes_written,
+        "peak_memory": plan.peak_memory,
+        "workers": plan.workers,
+        "threads": plan.threads,
+        "tasks_in_flight": plan.in_flight,
+        "reason": plan.reason,
+    }
+
+
+def _plan_as_text(prepared: Any) -> str:
+    from shardio.progress import size
+
+    plan, layout = prepared.plan, prepared.layout
+    dates, variables, ensemble, cells = layout.shape
+    lines = [
+        f"plan: {dates} dates, {variables} variables, {ensemble} members, {cells} cells "
+        f"-> {layout.grid[3]} grid-chunks of {layout.chunks[3]} cells, Zarr v{layout.zarr_format}, {layout.codec}",
+        f"  {len(plan.tasks)} tasks in {len(plan.pieces)} pieces each; {plan.workers} process(es) "
+        f"x {plan.threads} threads, {plan.in_flight} tasks in flight",
+        f"  read {size(plan.bytes_read)} (amplification {plan.amplification:.2f}), "
+        f"write {size(plan.bytes_written)} before compression, memory at most {size(plan.peak_memory)}",
+    ]
+    return "\n".join([*lines, f"  amplified because {plan.reason}"] if plan.reason else lines)
+
+
+def _dates_of(path: str) -> int:
+    from shardio.verify import Stored
+
+    return Stored(path).layout.shape[0]
+
+
+def _verdict(path: str, source: str | None, faults: int, repaired: int) -> str:
+    fixed = f"{repaired} date(s) repaired; " if repaired else ""
+    if faults:
+        return f"{fixed}{path}: {faults} fault(s). Repair chunks with: shardio verify {path} --source SOURCE --repair"
+    equal = f" and every value equals {source}" if source else ""
+    return f"{fixed}{path}: all checksums match{equal}"

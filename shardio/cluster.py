@@ -1,0 +1,104 @@
+"""The same tasks on a dask cluster: K local processes, or the workers of a scheduler (SLURM, Kubernetes, ssh).
+
+Workers write chunks and return their checksums; the client alone writes the ledger. Losing a worker loses its tasks,
+which dask gives to another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shardio.errors import OutputError, PlanError
+from shardio.job import WrittenDate
+from shardio.layout import ArrayLayout
+from shardio.plan import Plan, Task
+from shardio.source import Source
+from shardio.writer import ChunkWriter
+
+if TYPE_CHECKING:
+    from shardio.rechunk import Buffers, Request
+
+RETRIES = 2
+
+
+def execute(
+    request: Request, layout: ArrayLayout, plan: Plan, folder: Path, todo: list[Task]
+) -> Iterator[list[WrittenDate]]:
+    """Run tasks on the cluster, a bounded number submitted at a time, and give back what each wrote."""
+    from distributed import as_completed
+    from distributed.scheduler import KilledWorker
+
+    with ExitStack() as stack:
+        client = _client(request, plan, stack)
+        window = 3 * max(1, len(client.scheduler_info(n_workers=-1)["workers"])) * plan.in_flight
+        queue = iter(todo)
+        running: Any = as_completed()  # type: ignore[no-untyped-call]
+        arguments = (request, layout, plan, str(folder.absolute()))
+
+        def submit() -> None:
+            task = next(queue, None)
+            if task is not None:
+                running.add(client.submit(run_task, task, *arguments, pure=False, retries=RETRIES))
+
+        for _ in range(window):
+            submit()
+        for future in running:
+            try:
+                yield future.result()
+            except KilledWorker as error:
+                raise OutputError(
+                    f"dask lost every worker that tried a task ({error}). Give workers more memory, or lower "
+                    "--max-memory, then run the same command again to continue."
+                ) from error
+            submit()
+
+
+def run_task(task: Task, request: Request, layout: ArrayLayout, plan: Plan, folder: str) -> list[WrittenDate]:
+    """One task, in a worker process."""
+    from shardio.rechunk import write_block
+
+    source, writer, pool, buffers = _tools(request, layout, plan.threads, plan.in_flight, folder)
+    return write_block(source, writer, task, plan.pieces, pool, buffers)
+
+
+@lru_cache(maxsize=1)
+def _tools(
+    request: Request, layout: ArrayLayout, threads: int, in_flight: int, folder: str
+) -> tuple[Source, ChunkWriter, ThreadPoolExecutor, Buffers]:
+    """Opened once per worker process and job: metadata, threads and buffers outlive a task."""
+    from shardio.rechunk import Buffers
+
+    source = request.open_source()
+    writer = ChunkWriter(Path(folder), layout, threads, request.sync, source.statistics is None)
+    return source, writer, ThreadPoolExecutor(threads, "chunk"), Buffers(in_flight)
+
+
+def _client(request: Request, plan: Plan, stack: ExitStack) -> Any:
+    import distributed
+
+    open_client: Any = distributed.Client
+    open_cluster: Any = distributed.LocalCluster
+
+    if request.scheduler:
+        try:
+            return stack.enter_context(open_client(request.scheduler, timeout="20s"))
+        except (OSError, ValueError) as error:
+            raise PlanError(
+                f"no dask scheduler answers at {request.scheduler} ({error}). Start one with `dask scheduler`."
+            ) from error
+    # The plan keeps the memory bound; dask's own limit would kill workers over the page cache.
+    cluster = stack.enter_context(
+        open_cluster(
+            n_workers=plan.workers,
+            threads_per_worker=plan.in_flight,
+            processes=True,
+            memory_limit=0,
+            dashboard_address=None,
+        )
+    )
+    return stack.enter_context(open_client(cluster))

@@ -1,0 +1,78 @@
+"""Dates as users write them: 2020, 2020-03, 2020-03-01, 2020-03-01T06:00; and the frequency of a series."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardio.errors import DatasetError, SelectionError
+
+Dates = NDArray[np.datetime64]
+
+
+def parse_start(text: str) -> np.datetime64:
+    """The first second of a year, month, day or instant."""
+    return np.datetime64(_parse(text), "s")
+
+
+def parse_end(text: str) -> np.datetime64:
+    """The last second of a year, month or day; the instant itself where a time is given."""
+    value: Any = _parse(text)
+    unit = np.datetime_data(value.dtype)[0]
+    if unit in ("Y", "M", "D"):
+        last: np.datetime64 = (value + 1).astype("datetime64[s]") - 1
+        return last
+    return np.datetime64(value, "s")
+
+
+def _parse(text: str) -> Any:
+    try:
+        value: Any = np.datetime64(str(text).strip().removesuffix("Z"))
+        if np.isnat(value) or np.datetime_data(value.dtype)[0] not in ("Y", "M", "D", "h", "m", "s"):
+            raise ValueError("not a calendar date")
+    except ValueError as error:
+        raise SelectionError(
+            f"{text!r} is not a date ({error}). Write 2020, 2020-03, 2020-03-01 or 2020-03-01T06:00."
+        ) from error
+    return value
+
+
+def between(dates: Dates, start: str | None, end: str | None, where: str) -> range:
+    """Indices of the dates from `start` to `end`, both included; SelectionError where there are none."""
+    first = 0 if start is None else int(np.searchsorted(dates, parse_start(start), "left"))
+    stop = len(dates) if end is None else int(np.searchsorted(dates, parse_end(end), "right"))
+    if first >= stop:
+        raise SelectionError(
+            f"no date of {where} lies between {start or 'its start'} and {end or 'its end'}: "
+            f"it holds {dates[0]} to {dates[-1]}. Choose --start and --end within."
+        )
+    return range(first, stop)
+
+
+def check_increasing(dates: Dates, where: str) -> None:
+    """DatasetError unless every date is later than the one before."""
+    wrong = np.flatnonzero(np.diff(dates) <= np.timedelta64(0, "s"))
+    if wrong.size:
+        at = int(wrong[0])
+        raise DatasetError(
+            f"the dates of {where} do not increase: {dates[at]} is followed by {dates[at + 1]}. Sort the source "
+            "and drop repeated dates first."
+        )
+
+
+def frequency(dates: Dates) -> str | None:
+    """The commonest step between dates as anemoi writes it ("6h", "1d", "30m"); None for a single date."""
+    if len(dates) < 2:
+        return None
+    steps, counts = np.unique(np.diff(dates).astype("timedelta64[s]").astype(np.int64), return_counts=True)
+    return format_step(int(steps[np.argmax(counts)]))
+
+
+def format_step(seconds: int) -> str:
+    """86400 -> "1d", 21600 -> "6h", 1800 -> "30m"."""
+    for unit, size in (("d", 86400), ("h", 3600), ("m", 60)):
+        if seconds % size == 0:
+            return f"{seconds // size}{unit}"
+    return f"{seconds}s"

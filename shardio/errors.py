@@ -1,0 +1,25 @@
+"""Every error a user can meet. Each message says what happened, with which values, and what to do."""
+
+
+class ShardioError(Exception):
+    """Base of all errors that shardio raises on purpose."""
+
+
+class DatasetError(ShardioError):
+    """A dataset is absent, incomplete, or not what its metadata says."""
+
+
+class SelectionError(ShardioError):
+    """The dates, variables or cells asked for are not in the dataset."""
+
+
+class ChunkError(ShardioError):
+    """The stored bytes of a chunk are missing, truncated or changed."""
+
+
+class PlanError(ShardioError):
+    """What is asked for cannot be done: grid-chunks, memory bound, or world size do not fit."""
+
+
+class OutputError(ShardioError):
+    """The output exists, belongs to another run, or cannot be written."""

@@ -1,0 +1,154 @@
+"""What a dataset is, for a person and for a script."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shardio.dates import frequency
+from shardio.job import refuse_unfinished
+from shardio.partition import partition
+from shardio.progress import size
+from shardio.source import AnemoiSource, Source, open_source
+
+Json = dict[str, Any]
+
+
+def describe(path: str, ranks: int | None = None) -> Json:
+    """Layout, dates, variables, statistics, stored bytes; with `ranks`, what each of so many ranks would read."""
+    if "://" not in path:
+        refuse_unfinished(Path(path))
+    source = open_source(path)
+    about: Json = {
+        "path": path,
+        "shape": dict(zip(("dates", "variables", "ensemble", "cells"), _shape(source), strict=True)),
+        "start": str(source.dates[0]),
+        "end": str(source.dates[-1]),
+        "frequency": frequency(source.dates),
+        "missing_dates": [str(date) for date in source.missing],
+        "resolution": source.attributes.get("resolution"),
+        "variables": list(source.variables),
+        "statistics": {
+            name: {key: float(values[i]) for key, values in (source.statistics or {}).items()}
+            for i, name in enumerate(source.variables)
+            if source.statistics
+        },
+    }
+    if isinstance(source, AnemoiSource):
+        about |= _stored(source)
+        if ranks is not None:
+            about["ranks"] = _read_by(source, ranks)
+    return about
+
+
+def _shape(source: Source) -> tuple[int, ...]:
+    return (len(source.dates), len(source.variables), *source.extent.shape[2:])
+
+
+def _stored(source: AnemoiSource) -> Json:
+    layout = source.layout
+    files = source.stored_files()
+    decoded = int(np.prod(layout.shape)) * np.dtype(layout.dtype).itemsize
+    stored = sum(files.values())
+    shardio: Json = source.attributes.get("shardio", {})
+    return {
+        "zarr_format": layout.zarr_format,
+        "dtype": np.dtype(layout.dtype).name,
+        "chunks": list(layout.chunks),
+        "zarr_shards": list(layout.zarr_shards) if layout.zarr_shards else None,
+        "grid_chunks": layout.grid[3],
+        "chunk_cells": layout.chunks[3],
+        "codec": str(layout.codec) if layout.codec else "other",
+        "files": len(files),
+        "files_per_date": len(files) / layout.shape[0],
+        "bytes": decoded,
+        "stored_bytes": stored,
+        "ratio": decoded / stored if stored else None,
+        "made_by_shardio": bool(shardio),
+        "complete": bool(shardio.get("complete", True)),
+        "source": shardio.get("source"),
+    }
+
+
+def _read_by(source: AnemoiSource, ranks: int) -> Json:
+    layout = source.layout
+    cut = partition(layout.shape[3], ranks, layout.chunks[3])
+    bytes_per_cell = layout.shape[1] * layout.shape[2] * np.dtype(layout.dtype).itemsize
+    return {
+        "ranks": ranks,
+        "aligned": cut.aligned,
+        "imbalance": cut.imbalance,
+        "read_amplification": cut.read_amplification,
+        "each": [
+            {
+                "rank": rank,
+                "cells": [cut.cells(rank).start, cut.cells(rank).stop],
+                "grid_chunks": [cut.chunks(rank).start, cut.chunks(rank).stop],
+                "bytes_per_date": cut.cells_read(rank) * bytes_per_cell,
+            }
+            for rank in range(ranks)
+        ],
+    }
+
+
+def print_description(about: Json) -> None:
+    """The description as tables on stdout."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    shape = about["shape"]
+    rows = [
+        ("shape", "  ".join(f"{n} {name}" for name, n in shape.items())),
+        (
+            "dates",
+            f"{about['start']} to {about['end']}" + (f" every {about['frequency']}" if about["frequency"] else ""),
+        ),
+        (
+            "missing dates",
+            ", ".join(about["missing_dates"][:8]) + (" ..." if len(about["missing_dates"]) > 8 else "") or "none",
+        ),
+        ("resolution", str(about["resolution"])),
+    ]
+    if "chunks" in about:
+        per_date = about["files_per_date"]
+        rows += [
+            ("format", f"Zarr v{about['zarr_format']}, {about['dtype']}, {about['codec']}"),
+            ("grid-chunks", f"{about['grid_chunks']} of {about['chunk_cells']} cells; chunks {about['chunks']}"),
+            ("files", f"{about['files']}, {per_date:g} per date"),
+            (
+                "bytes",
+                f"{size(about['bytes'])} in {size(about['stored_bytes'])}"
+                + (f", ratio {about['ratio']:.2f}" if about["ratio"] else ""),
+            ),
+            ("complete", "yes" if about["complete"] else "no"),
+        ]
+    overview = Table(show_header=False, box=None, title=about["path"], title_justify="left")
+    for name, value in rows:
+        overview.add_row(f"[bold]{name}", value)
+    console.print(overview)
+    if about["statistics"]:
+        table = Table("variable", "mean", "stdev", "minimum", "maximum", box=None)
+        for name, values in about["statistics"].items():
+            table.add_row(name, *(f"{values[key]:.6g}" for key in ("mean", "stdev", "minimum", "maximum")))
+        console.print(table)
+    if "ranks" in about:
+        _print_ranks(about["ranks"], console)
+
+
+def _print_ranks(read: Json, console: Any) -> None:
+    from rich.table import Table
+
+    cut = "along the chunk grid" if read["aligned"] else "balanced across chunks"
+    title = (
+        f"{read['ranks']} ranks, cut {cut}: imbalance {read['imbalance']:.1%}, "
+        f"read amplification {read['read_amplification']:.3f}"
+    )
+    table = Table("rank", "cells", "grid-chunks", "bytes per date", title=title, title_justify="left", box=None)
+    for each in read["each"]:
+        first, stop = each["grid_chunks"]
+        cells = f"{each['cells'][0]}-{each['cells'][1] - 1}"
+        table.add_row(str(each["rank"]), cells, f"{first}-{stop - 1}", size(each["bytes_per_date"]))
+    console.print(table)

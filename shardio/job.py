@@ -1,0 +1,216 @@
+"""An output in the making: `OUT.zarr.partial/` beside OUT.zarr, and the ledger that makes it resumable.
+
+    OUT.zarr.partial/job.json       what is being made: arguments, fingerprint of the source
+    OUT.zarr.partial/ledger.jsonl   one line per finished task: crc32c, size and moments of its chunks
+    OUT.zarr.partial/dataset/       becomes OUT.zarr by one rename, when it is complete
+
+A chunk counts as written when the ledger says so, never because a file exists.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardio.codec import crc32c
+from shardio.errors import DatasetError, OutputError
+from shardio.layout import ArrayLayout
+from shardio.reader import NativeReader
+from shardio.writer import StoredChunk, atomic_file, sync_folder
+
+Json = dict[str, Any]
+SECONDS_BETWEEN_SYNCS = 1.0
+
+
+@dataclass(frozen=True)
+class WrittenDate:
+    """What the ledger knows of one date: crc32c and stored bytes of each grid-chunk, and the merged moments."""
+
+    date: int
+    crc: tuple[int, ...]
+    nbytes: tuple[int, ...]
+    moments: NDArray[np.float64] | None
+
+    @classmethod
+    def of(cls, date: int, chunks: Iterable[StoredChunk], moments: NDArray[np.float64] | None) -> WrittenDate:
+        pairs = [(chunk.crc, chunk.nbytes) for chunk in chunks]
+        return cls(date, tuple(crc for crc, _ in pairs), tuple(n for _, n in pairs), moments)
+
+    def to_line(self) -> str:
+        moments = None if self.moments is None else self.moments.tolist()
+        return json.dumps([self.date, self.crc, self.nbytes, moments]) + "\n"
+
+    @classmethod
+    def from_line(cls, line: str) -> WrittenDate:
+        date, crc, nbytes, moments = json.loads(line)
+        return cls(date, tuple(crc), tuple(nbytes), None if moments is None else np.array(moments))
+
+
+class Job:
+    """One output in the making, held by one process at a time (a lock says so)."""
+
+    def __init__(self, destination: Path, identity: Json, command: str, sync: bool):
+        """Start, or continue, what `identity` says; OutputError where another run is unfinished or at work."""
+        self.destination, self.sync = destination, sync
+        self.folder = partial_of(destination)
+        self.dataset = self.folder / "dataset"
+        self.folder.mkdir(exist_ok=True)
+        self._lock = _lock(self.folder)
+        try:
+            begun = read_job(destination)
+            self.resumed = begun is not None
+            self.was_synced = bool(begun and begun["sync"])
+            if begun is None:
+                self._begin({"identity": identity, "command": command, "sync": sync})
+            elif begun["identity"] != identity:
+                raise OutputError(_difference(destination, begun, identity))
+            elif begun["sync"] and not sync:
+                self._begin({**begun, "sync": False})
+        except BaseException:
+            self.close()
+            raise
+        self._ledger = (self.folder / "ledger.jsonl").open("a+", encoding="utf-8")
+        self._end_torn_line()
+        self._synced_at = time.monotonic()
+
+    def written(self, layout: ArrayLayout) -> dict[int, WrittenDate]:
+        """Finished dates whose files are as the ledger says; everything else is to be written (again)."""
+        folder = self.dataset / "data"
+        with os.scandir(folder) as entries:
+            sizes = {entry.name: entry.stat().st_size for entry in entries}
+        for name in sizes:
+            if name.endswith(".tmp"):
+                (folder / name).unlink()
+        reader = NativeReader(folder, layout)
+        intact = {}
+        self._ledger.seek(0)
+        for line in self._ledger:
+            try:
+                record = WrittenDate.from_line(line)
+            except ValueError:
+                continue  # torn by a kill
+            if _sizes_match(record, layout, sizes) and (self.was_synced or _crc_matches(record, reader)):
+                intact[record.date] = record
+        return intact
+
+    def record(self, dates: Iterable[WrittenDate]) -> None:
+        """Note finished dates. A kill loses none; power loss loses the last second, which is written again."""
+        self._ledger.write("".join(date.to_line() for date in dates))
+        self._ledger.flush()
+        if self.sync and time.monotonic() - self._synced_at > SECONDS_BETWEEN_SYNCS:
+            os.fsync(self._ledger.fileno())
+            self._synced_at = time.monotonic()
+
+    def publish(self) -> None:
+        """Give the complete dataset its name. An output it replaces is removed only after that."""
+        if self.sync:
+            for parent, _, files in os.walk(self.dataset):
+                for name in files if Path(parent) != self.dataset / "data" else ():
+                    sync_folder(Path(parent) / name)
+                sync_folder(Path(parent))
+        if self.destination.exists():
+            replaced = self.folder / f"replaced.{time.time_ns()}"
+            os.replace(self.destination, replaced)
+        os.replace(self.dataset, self.destination)
+        if self.sync:
+            sync_folder(self.destination.parent)
+        self.close()
+        shutil.rmtree(self.folder)
+
+    def close(self) -> None:
+        """Let another run continue."""
+        if hasattr(self, "_ledger"):
+            self._ledger.close()
+        os.close(self._lock)
+
+    def _begin(self, content: Json) -> None:
+        with atomic_file(self.folder / "job.json", sync=True) as file:
+            file.write([json.dumps(content, indent=1).encode()])
+
+    def _end_torn_line(self) -> None:
+        self._ledger.seek(0)
+        content = self._ledger.read()
+        if content and not content.endswith("\n"):
+            self._ledger.write("\n")
+
+
+def partial_of(destination: Path) -> Path:
+    """Where an output lives until it is complete."""
+    return destination.with_name(destination.name + ".partial")
+
+
+def read_job(destination: Path) -> Json | None:
+    """What an unfinished output is to become; None where nothing was begun."""
+    try:
+        content: Json = json.loads((partial_of(destination) / "job.json").read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise OutputError(
+            f"{partial_of(destination)}/job.json is damaged ({error}). Remove {partial_of(destination)} to start anew."
+        ) from error
+    return content
+
+
+def refuse_unfinished(path: Path) -> None:
+    """DatasetError where `path` is not there but its making has begun, with the command that finishes it."""
+    destination = Path(str(path).removesuffix(".partial"))
+    begun = read_job(destination)
+    if begun is None or (path == destination and destination.exists()):
+        return
+    ledger = partial_of(destination) / "ledger.jsonl"
+    done = len(ledger.read_text().splitlines()) if ledger.exists() else 0
+    raise DatasetError(
+        f"{destination} is incomplete: {done} of {begun['identity']['dates']} dates are written. "
+        f"Finish it with: {begun['command']}"
+    )
+
+
+def _lock(folder: Path) -> int:
+    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise OutputError(f"another shardio process is writing {folder}. Wait for it, or stop it first.") from None
+    except OSError:
+        pass  # file systems without flock: one writer is then the user's promise
+    return descriptor
+
+
+def _difference(destination: Path, begun: Json, identity: Json) -> str:
+    before = begun["identity"]
+    changed = [
+        f"{key} was {before.get(key)!r}, now {identity.get(key)!r}"
+        for key in {**before, **identity}
+        if before.get(key) != identity.get(key)
+    ]
+    return (
+        f"{partial_of(destination)} is the unfinished output of another run: {'; '.join(changed)}. "
+        f"Finish that one with: {begun['command']}   or discard it with --overwrite."
+    )
+
+
+def _sizes_match(record: WrittenDate, layout: ArrayLayout, sizes: dict[str, int]) -> bool:
+    names = [layout.file_of((record.date, 0, 0, chunk))[0] for chunk in range(len(record.crc))]
+    if layout.zarr_shards is None:
+        return all(sizes.get(name) == nbytes for name, nbytes in zip(names, record.nbytes, strict=True))
+    return sizes.get(names[0]) == sum(record.nbytes) + 16 * len(record.nbytes) + 4
+
+
+def _crc_matches(record: WrittenDate, reader: NativeReader) -> bool:
+    for chunk, crc in enumerate(record.crc):
+        stored = reader.stored((record.date, 0, 0, chunk))
+        if stored is None or crc32c(stored[: len(stored) - 4 * reader.layout.checked]) != crc:
+            return False
+    return True

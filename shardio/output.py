@@ -1,0 +1,133 @@
+"""Everything of an output dataset but its chunks: small arrays, attributes, and the mark that it is complete."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from uuid import NAMESPACE_URL, uuid5
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardio import statistics
+from shardio.codec import crc32c
+from shardio.dates import frequency
+from shardio.job import WrittenDate
+from shardio.layout import DIMENSIONS, ArrayLayout
+from shardio.source import Extra, Source
+from shardio.writer import atomic_file
+
+Json = dict[str, Any]
+FORMAT_VERSION = 1
+CHECKSUMS = "shardio_crc32c"
+
+
+def begin_data(folder: Path, layout: ArrayLayout, attributes: Json) -> None:
+    """Write the metadata of `data`, before its first chunk."""
+    data = folder / "data"
+    data.mkdir(parents=True, exist_ok=True)
+    attributes = {**attributes, "_ARRAY_DIMENSIONS": list(DIMENSIONS)}
+    if layout.zarr_format == 2:
+        files = {".zarray": layout.metadata(), ".zattrs": attributes}
+    else:
+        files = {"zarr.json": {**layout.metadata(), "attributes": attributes}}
+    for name, content in files.items():
+        with atomic_file(data / name, sync=False) as file:
+            file.write([json.dumps(content, indent=2).encode()])
+
+
+def finish_dataset(
+    folder: Path, source: Source, layout: ArrayLayout, written: Mapping[int, WrittenDate], about: Json
+) -> None:
+    """Write all small arrays, then the attributes with the complete flag, last."""
+    import zarr
+
+    dates = [written[i] for i in range(len(source.dates))]
+    total = statistics.merge([d.moments for d in dates if d.moments is not None]) if source.statistics is None else None
+    values = source.statistics or statistics.finish(total)  # type: ignore[arg-type]
+    arrays = [
+        Extra("dates", source.dates, {}, ("time",)),
+        Extra("latitudes", source.latitudes, {}, ("cell",)),
+        Extra("longitudes", source.longitudes, {}, ("cell",)),
+        *(Extra(name, values[name], {}, ("variable",)) for name in statistics.NAMES),
+        Extra(CHECKSUMS, np.array([d.crc for d in dates], np.uint32), {}, ("time", "grid_chunk")),
+        *source.extras,
+    ]
+    attributes = _attributes(source, layout, total, about["source_fingerprint"]) | {
+        "shardio": {**about, "arrays": {extra.name: crc32c(_bytes_of(extra.values)) for extra in arrays}}
+    }
+    with warnings.catch_warnings():
+        # zarr warns that consolidated metadata and some types are not in the v3 specification; readers cope.
+        warnings.simplefilter("ignore")
+        group = zarr.open_group(folder, mode="a", zarr_format=layout.zarr_format)  # type: ignore[arg-type]
+        for extra in arrays:
+            _write_array(group, extra, layout.zarr_format)
+        group.attrs.put(attributes | {"shardio": {**attributes["shardio"], "complete": True}})
+        zarr.consolidate_metadata(folder, zarr_format=layout.zarr_format)  # type: ignore[arg-type]
+
+
+def _attributes(source: Source, layout: ArrayLayout, total: NDArray[np.float64] | None, fingerprint: str) -> Json:
+    """The attributes of the source, those that describe the cut refreshed, those that are absent derived."""
+    dates = [str(date) for date in source.dates]
+    found = dict(source.attributes)
+    derived: Json = {
+        "resolution": f"{layout.shape[3]} cells",
+        "field_shape": [layout.shape[3]],
+        "frequency": frequency(source.dates),
+        "statistics_start_date": dates[0],
+        "statistics_end_date": dates[-1],
+        "allow_nans": bool(len(source.missing)) or total is None or _has_nan(total, layout),
+        "variables_metadata": {},
+        "ensemble_dimension": 2,
+        "flatten_grid": True,
+    }
+    kept_metadata = {
+        name: about for name, about in found.get("variables_metadata", {}).items() if name in source.variables
+    }
+    refreshed = {
+        "variables": list(source.variables),
+        "variables_metadata": kept_metadata,
+        "chunks": list(layout.chunks),
+        "shape": list(layout.shape),
+        "dtype": "float32",
+        "start_date": dates[0],
+        "end_date": dates[-1],
+        "missing_dates": [str(date) for date in source.missing],
+    }
+    if "uuid" in found or source.statistics is None:
+        # The same source cut the same way is the same dataset, on whatever day it is cut.
+        refreshed["uuid"] = str(
+            uuid5(NAMESPACE_URL, f"{fingerprint}:{layout}:{source.variables}:{dates[0]}:{dates[-1]}")
+        )
+    return derived | found | refreshed
+
+
+def _has_nan(total: NDArray[np.float64], layout: ArrayLayout) -> bool:
+    return bool((total[0] < layout.shape[0] * layout.shape[2] * layout.shape[3]).any())
+
+
+def _write_array(group: Any, extra: Extra, zarr_format: int) -> None:
+    # One chunk: a reader wants these arrays whole. Overwritten, because a killed run may have begun them.
+    named = {"dimension_names": extra.dimensions} if zarr_format == 3 else {}
+    attributes = {key: value for key, value in extra.attributes.items() if key != "_ARRAY_DIMENSIONS"}
+    if zarr_format == 2 and extra.dimensions:
+        attributes["_ARRAY_DIMENSIONS"] = list(extra.dimensions)
+    values = extra.values
+    array = group.create_array(
+        extra.name,
+        shape=values.shape,
+        dtype=values.dtype,
+        chunks=tuple(max(n, 1) for n in values.shape) or (),
+        overwrite=True,
+        attributes=attributes,
+        config={"write_empty_chunks": True},
+        **named,
+    )
+    array[...] = values
+
+
+def _bytes_of(values: NDArray[Any]) -> bytes:
+    return np.ascontiguousarray(values).tobytes() if values.dtype != object else repr(values.tolist()).encode()

@@ -1,0 +1,54 @@
+"""One field of one date on the sphere, with its grid-chunks: what a rank would read, at a glance."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from shardio.dates import parse_start
+from shardio.errors import SelectionError
+from shardio.job import refuse_unfinished
+from shardio.source import AnemoiSource, Selection, open_source
+
+MOST_POINTS = 60_000  # more cannot be told apart in the picture
+
+
+def draw(path: str, variable: str, date: str | None, output: str) -> None:
+    """Write a PNG: left the field, right the grid-chunk of every cell."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    refuse_unfinished(Path(path))
+    source = open_source(path, Selection(select=(variable,)))
+    at = 0 if date is None else int(np.searchsorted(source.dates, parse_start(date)))
+    if at == len(source.dates) or (date is not None and source.dates[at] != parse_start(date)):
+        raise SelectionError(f"{path} has no date {date}. It holds {source.dates[0]} to {source.dates[-1]}.")
+    cells = len(source.latitudes)
+    fields = np.empty((1, 1, source.extent.shape[2], cells), np.float32)
+    source.read(slice(at, at + 1), slice(0, cells), fields)
+    shown = slice(0, cells, max(1, cells // MOST_POINTS))
+    longitudes = (source.longitudes[shown] + 180) % 360 - 180
+    latitudes = source.latitudes[shown]
+    chunk_cells = source.layout.chunks[3] if isinstance(source, AnemoiSource) else cells
+    chunks = np.arange(cells)[shown] // chunk_cells
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 3.6), layout="constrained", sharey=True)
+    points = left.scatter(longitudes, latitudes, c=fields[0, 0, 0, shown], s=3, lw=0, cmap="RdYlBu_r")
+    figure.colorbar(points, ax=left, label=_label(source.attributes, variable))
+    left.set_title(f"{variable}, {str(source.dates[at])[:16]}")
+    colours = matplotlib.colormaps["tab20"](chunks % 20)
+    right.scatter(longitudes, latitudes, c=colours, s=3, lw=0)
+    right.set_title(f"{chunks[-1] + 1} grid-chunks of {chunk_cells} cells")
+    for axes in (left, right):
+        axes.set(xlim=(-180, 180), ylim=(-90, 90), xlabel="longitude")
+    left.set_ylabel("latitude")
+    figure.savefig(output, dpi=110)
+    plt.close(figure)
+
+
+def _label(attributes: dict[str, object], variable: str) -> str:
+    metadata = attributes.get("variables_metadata", {})
+    units = metadata.get(variable, {}).get("units", "") if isinstance(metadata, dict) else ""
+    return f"{variable} ({units})" if units else variable

@@ -1,0 +1,212 @@
+"""Read any box of `data[date, variable, ensemble, cell]` into your own buffer.
+
+Two engines give the same values to the bit: NativeReader (local files in blosc, zstd or no codec: pread, decode in
+place) and TensorstoreReader (remote stores and every other codec).
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Executor
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardio.codec import crc32c
+from shardio.errors import ChunkError
+from shardio.layout import ArrayLayout
+from shardio.store import LocalStore, Store
+
+# Along each axis a range, or a list of indices in any order (along one axis at most).
+Box = tuple[slice | tuple[int, ...], ...]
+NO_CHUNK = 2**64 - 1
+
+
+class Reader(Protocol):
+    """Reads boxes of one array; `out` has the shape of the box and may be strided."""
+
+    layout: ArrayLayout
+
+    def read(self, box: Box, out: NDArray[Any], pool: Executor | None = None) -> None:
+        """Fill `out` with the values of `box`, cast to the dtype of `out`."""
+
+
+def chunks_of(box: Box, chunks: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+    """Indices of the chunks that a box touches, in storage order."""
+    return itertools.product(*(_touched(cut, n) for cut, n in zip(box, chunks, strict=True)))
+
+
+def _touched(cut: slice | tuple[int, ...], n: int) -> Iterable[int]:
+    if isinstance(cut, slice):
+        return range(cut.start // n, -(-cut.stop // n))
+    return sorted({index // n for index in cut})
+
+
+def overlap(cut: slice | tuple[int, ...], i: int, n: int) -> tuple[slice | list[int], slice | list[int]]:
+    """Where chunk `i` of extent `n` meets `cut`: (index into the box, index into the chunk)."""
+    if isinstance(cut, slice):
+        start, stop = max(cut.start, i * n), min(cut.stop, (i + 1) * n)
+        return slice(start - cut.start, stop - cut.start), slice(start - i * n, stop - i * n)
+    places = [place for place, index in enumerate(cut) if index // n == i]
+    return places, [cut[place] - i * n for place in places]
+
+
+class Scratch(threading.local):
+    """One growing byte buffer per thread and purpose: fresh memory costs as much as decoding."""
+
+    def take(self, purpose: str, nbytes: int) -> NDArray[np.uint8]:
+        buffer: NDArray[np.uint8] | None = getattr(self, purpose, None)
+        if buffer is None or buffer.nbytes < nbytes:
+            buffer = np.empty(nbytes, np.uint8)
+            setattr(self, purpose, buffer)
+        return buffer[:nbytes]
+
+
+class NativeReader:
+    """Local files: each chunk is one pread and one decode, on the threads of the caller's pool."""
+
+    def __init__(self, folder: Path, layout: ArrayLayout, fill_absent: bool = False):
+        """`fill_absent`: chunks that are not stored hold the fill value, as Zarr has it, instead of an error."""
+        self.folder, self.layout, self.fill_absent = folder, layout, fill_absent
+        self._scratch = Scratch()
+
+    def read(self, box: Box, out: NDArray[Any], pool: Executor | None = None) -> None:
+        touched = chunks_of(box, self.layout.chunks)
+        run = pool.map if pool else map
+        for _ in run(lambda chunk: self._read_chunk(chunk, box, out), touched):
+            pass
+
+    def stored(self, chunk: tuple[int, ...]) -> NDArray[np.uint8] | None:
+        """Stored bytes of a chunk, in a buffer of this thread that its next read overwrites; None where absent."""
+        name, place = self.layout.file_of(chunk)
+        try:
+            descriptor = os.open(self.folder / name, os.O_RDONLY)
+        except FileNotFoundError:
+            return None
+        try:
+            size = os.fstat(descriptor).st_size
+            where = (0, size) if place is None else self._locate(descriptor, size, place, name)
+            return None if where is None else self._pread(descriptor, *where, name, "stored")
+        finally:
+            os.close(descriptor)
+
+    def decode(self, stored: NDArray[np.uint8], out: NDArray[Any], where: str) -> None:
+        """Check and decode stored bytes into contiguous `out`; ChunkError names `where`."""
+        assert self.layout.codec is not None
+        payload = memoryview(stored)
+        if self.layout.checked:
+            payload, expected = payload[:-4], int.from_bytes(payload[-4:], "little")
+            if crc32c(payload) != expected:
+                raise ChunkError(f"{where}: the crc32c of the stored bytes does not match. {REMEDY}")
+        try:
+            self.layout.codec.decode(payload, out)
+        except ChunkError as error:
+            raise ChunkError(f"{where}: {error}. {REMEDY}") from error
+
+    def _read_chunk(self, chunk: tuple[int, ...], box: Box, out: NDArray[Any]) -> None:
+        layout = self.layout
+        where = f"{self.folder / layout.file_of(chunk)[0]} (chunk {'.'.join(map(str, chunk))})"
+        overlaps = [overlap(cut, i, n) for cut, i, n in zip(box, chunk, layout.chunks, strict=True)]
+        place, inner = (tuple(side) for side in zip(*overlaps, strict=True))
+        stored = self.stored(chunk)
+        if stored is None:
+            if not self.fill_absent:
+                raise ChunkError(f"{where} is missing. {REMEDY}")
+            out[place] = layout.fill_value if layout.fill_value is not None else 0
+            return
+        dtype = np.dtype(layout.dtype)
+        if out.dtype == dtype and all(isinstance(cut, slice) for cut in box):
+            target = out[place]
+            if target.shape == layout.chunks and target.flags.c_contiguous:
+                self.decode(stored, target, where)
+                return
+        decoded = self._scratch.take("decoded", layout.chunk_bytes).view(dtype).reshape(layout.chunks)
+        self.decode(stored, decoded, where)
+        cast(decoded[inner], out, place, where)
+
+    def _locate(self, descriptor: int, size: int, place: int, name: str) -> tuple[int, int] | None:
+        """(offset, bytes) of an inner chunk, from the index of its Zarr shard."""
+        entries = int(np.prod(self.layout.chunks_per_zarr_shard))
+        nbytes = 16 * entries + 4 * self.layout.index_checked
+        start = size - nbytes if self.layout.index_at_end else 0
+        if size < nbytes:
+            raise ChunkError(f"{self.folder / name} has {size} bytes, less than its index of {nbytes}. {REMEDY}")
+        index = self._pread(descriptor, start, nbytes, name, "index")
+        if self.layout.index_checked and crc32c(index[:-4]) != int.from_bytes(index[-4:].tobytes(), "little"):
+            raise ChunkError(f"{self.folder / name}: the crc32c of its chunk index does not match. {REMEDY}")
+        offset, length = index[: 16 * entries].view("<u8").reshape(-1, 2)[place].tolist()
+        if offset == NO_CHUNK and length == NO_CHUNK:
+            return None
+        if offset + length > size:
+            raise ChunkError(
+                f"{self.folder / name} is truncated: its index points to byte {offset + length} of {size}. {REMEDY}"
+            )
+        return offset, length
+
+    def _pread(self, descriptor: int, offset: int, nbytes: int, name: str, purpose: str) -> NDArray[np.uint8]:
+        buffer = self._scratch.take(purpose, nbytes)
+        done = 0
+        while done < nbytes:
+            got = os.preadv(descriptor, [buffer[done:]], offset + done)
+            if got == 0:
+                raise ChunkError(f"{self.folder / name} ends at byte {offset + done} of {offset + nbytes}. {REMEDY}")
+            done += got
+        return buffer
+
+
+REMEDY = "Copy it again from its source, or run: shardio verify PATH --repair --source SOURCE."
+
+
+class TensorstoreReader:
+    """Whatever tensorstore opens: remote stores, and codecs the native reader does not know."""
+
+    def __init__(self, url: str, layout: ArrayLayout, fill_absent: bool = False):
+        import tensorstore as ts
+
+        self.layout, self.url = layout, url
+        driver = "zarr" if layout.zarr_format == 2 else "zarr3"
+        spec: dict[str, Any] = {"driver": driver, "kvstore": url if "://" in url else {"driver": "file", "path": url}}
+        if not fill_absent:
+            spec["fill_missing_data_reads"] = False
+        try:
+            self._array = ts.open(spec, open=True, read=True).result()
+        except ValueError as error:
+            raise ChunkError(f"tensorstore cannot open {url}: {error}") from error
+
+    def read(self, box: Box, out: NDArray[Any], pool: Executor | None = None) -> None:
+        import tensorstore as ts
+
+        dtype = np.dtype(self.layout.dtype).newbyteorder("=")
+        values = out if out.dtype == dtype else np.empty(out.shape, dtype)
+        try:
+            ts.array(values).write(
+                self._array[tuple(cut if isinstance(cut, slice) else list(cut) for cut in box)]
+            ).result()
+        except ValueError as error:
+            raise ChunkError(f"{self.url}: {error}. {REMEDY}") from error
+        if values is not out:
+            cast(values, out, (...,), self.url)
+
+
+def cast(values: NDArray[Any], out: NDArray[Any], place: Any, where: str) -> None:
+    """`out[place] = values` with NumPy's cast; finite numbers that would overflow are an error, never infinity."""
+    try:
+        with np.errstate(over="raise"):
+            out[place] = values
+    except FloatingPointError as error:
+        largest = np.nanmax(np.abs(np.where(np.isfinite(values), values, 0)))
+        raise ChunkError(
+            f"{where}: the value {largest:.6g} does not fit in {out.dtype}. Correct it in the source."
+        ) from error
+
+
+def open_reader(store: Store, name: str, layout: ArrayLayout, fill_absent: bool = False) -> Reader:
+    """The fastest reader for an array called `name` in a store."""
+    if isinstance(store, LocalStore) and layout.native:
+        return NativeReader(store.root / name, layout, fill_absent)
+    return TensorstoreReader(f"{store.url}/{name}", layout, fill_absent)

@@ -1,0 +1,55 @@
+"""What users get: the wheel's contents, a light import, and the command's version."""
+
+import json
+import subprocess
+import sys
+import sysconfig
+import tomllib
+from pathlib import Path
+from zipfile import ZipFile
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+
+
+def run(*command: str | Path) -> str:
+    """Run `command` and return its stdout; its stderr is shown when it fails."""
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel_files(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
+    out = tmp_path_factory.mktemp("wheel")
+    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", out)
+    with ZipFile(out / f"shardio-{VERSION}-py3-none-any.whl") as wheel:
+        return set(wheel.namelist())
+
+
+def test_wheel_holds_both_packages_and_the_type_marker(wheel_files: set[str]) -> None:
+    assert {"shardio/__init__.py", "shardio/py.typed", "trainer/__init__.py"} <= wheel_files
+
+
+def test_wheel_holds_the_license(wheel_files: set[str]) -> None:
+    assert f"shardio-{VERSION}.dist-info/licenses/LICENSE" in wheel_files
+
+
+def test_wheel_holds_nothing_else(wheel_files: set[str]) -> None:
+    folders = {name.split("/")[0] for name in wheel_files}
+    assert folders == {"shardio", "trainer", f"shardio-{VERSION}.dist-info"}
+
+
+def test_import_shardio_loads_no_heavy_library() -> None:
+    code = "import json, sys, shardio; print(json.dumps(list(sys.modules)))"
+    loaded = set(json.loads(run(sys.executable, "-W", "error", "-c", code)))
+    assert "shardio" in loaded
+    assert not loaded & {"torch", "dask", "distributed", "xarray", "zarr", "tensorstore"}
+
+
+def test_version_is_the_same_everywhere() -> None:
+    command = Path(sysconfig.get_path("scripts")) / "shardio"
+    assert VERSION in run(command, "--version").split()
+    assert run(sys.executable, "-c", "import shardio; print(shardio.__version__)").strip() == VERSION

@@ -1,0 +1,1 @@
+"""trainer: sharded training of weather models on datasets that shardio reads."""
