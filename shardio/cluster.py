@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,7 +39,8 @@ def execute(
         window = 3 * max(1, len(client.scheduler_info(n_workers=-1)["workers"])) * plan.in_flight
         queue = iter(todo)
         running: Any = as_completed()  # type: ignore[no-untyped-call]
-        arguments = (request, layout, plan, str(folder.absolute()))
+        # Without its tasks: the plan goes along with each of them.
+        arguments = (request, layout, replace(plan, tasks=()), str(folder.absolute()))
 
         def submit() -> None:
             task = next(queue, None)

@@ -43,13 +43,18 @@ class Codec:
                 self._check_blosc_header(stored, out.nbytes)
                 blosc.decompress(stored, out)
             elif self.kind == "zstd":
-                zstd.decompress(stored, out)
-            elif len(stored) != out.nbytes:
-                raise ValueError(f"{len(stored)} bytes stored, {out.nbytes} expected")
+                # Given `out`, numcodecs would accept fewer values than it holds and leave its tail as it was.
+                self._fill(out, memoryview(zstd.decompress(stored)))
             else:
-                memoryview(out).cast("B")[:] = stored
+                self._fill(out, stored)
         except (RuntimeError, ValueError) as error:
             raise ChunkError(f"{self.kind} cannot decode {len(stored)} stored bytes: {error}") from error
+
+    @staticmethod
+    def _fill(out: NDArray[Any], values: memoryview) -> None:
+        if values.nbytes != out.nbytes:
+            raise ValueError(f"it holds {values.nbytes} bytes, expected {out.nbytes}")
+        memoryview(out).cast("B")[:] = values
 
     @staticmethod
     def _check_blosc_header(stored: memoryview, nbytes: int) -> None:

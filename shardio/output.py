@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,7 +36,7 @@ def begin_data(folder: Path, layout: ArrayLayout, attributes: Json) -> None:
     else:
         files = {"zarr.json": {**layout.metadata(), "attributes": attributes}}
     for name, content in files.items():
-        with atomic_file(data / name, sync=False) as file:
+        with atomic_file(data / name, sync=True) as file:
             file.write([json.dumps(content, indent=2).encode()])
 
 
@@ -45,6 +46,7 @@ def finish_dataset(
     """Write all small arrays, then the attributes with the complete flag, last."""
     import zarr
 
+    _remove_all_but_data(folder)
     dates = [written[i] for i in range(len(source.dates))]
     total = statistics.merge([d.moments for d in dates if d.moments is not None]) if source.statistics is None else None
     values = source.statistics or statistics.finish(total)  # type: ignore[arg-type]
@@ -57,7 +59,7 @@ def finish_dataset(
         *source.extras,
     ]
     attributes = _attributes(source, layout, total, about["source_fingerprint"]) | {
-        "shardio": {**about, "arrays": {extra.name: crc32c(_bytes_of(extra.values)) for extra in arrays}}
+        "shardio": {**about, "arrays": {extra.name: checksum(extra.values) for extra in arrays}}
     }
     with warnings.catch_warnings():
         # zarr warns that consolidated metadata and some types are not in the v3 specification; readers cope.
@@ -129,5 +131,16 @@ def _write_array(group: Any, extra: Extra, zarr_format: int) -> None:
     array[...] = values
 
 
-def _bytes_of(values: NDArray[Any]) -> bytes:
-    return np.ascontiguousarray(values).tobytes() if values.dtype != object else repr(values.tolist()).encode()
+def checksum(values: NDArray[Any]) -> int:
+    """crc32c of a small array; of its text where memory holds only pointers to it (strings of any length)."""
+    text = values.dtype.kind in "OT"
+    return crc32c(repr(values.tolist()).encode() if text else np.ascontiguousarray(values).tobytes())
+
+
+def _remove_all_but_data(folder: Path) -> None:
+    """A run killed while it wrote the small arrays leaves half of them, and temporary files of zarr."""
+    for entry in folder.iterdir():
+        if entry.is_dir() and entry.name != "data":
+            shutil.rmtree(entry)
+        elif entry.is_file():
+            entry.unlink()

@@ -6,28 +6,34 @@ neither on workers nor on interruptions. Merging: Chan, Golub and LeVeque (1983)
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
 Float64 = NDArray[np.float64]
 NAMES = ("mean", "stdev", "minimum", "maximum")
+BLOCK = 2**16
 
 
 def moments(values: NDArray[np.float32]) -> Float64:
     """[5, variable]: count, mean, sum of squared deviations, minimum, maximum of `values` [variable, n] without NaN."""
-    # One variable at a time: a float64 copy of a whole grid-chunk would double the memory.
-    return np.stack([_moments_of_one(row) for row in values], axis=1)
+    # In blocks: a float64 copy of a whole grid-chunk would double the memory.
+    return np.stack([merge(_moments_of_block(block) for block in _blocks(row)) for row in values], axis=1)
 
 
-def _moments_of_one(row: NDArray[np.float32]) -> Float64:
-    valid = row[~np.isnan(row)].astype(np.float64)
+def _blocks(row: NDArray[np.float32]) -> Iterator[NDArray[np.float32]]:
+    return (row[start : start + BLOCK] for start in range(0, len(row), BLOCK))
+
+
+def _moments_of_block(block: NDArray[np.float32]) -> Float64:
+    valid = block[~np.isnan(block)].astype(np.float64)
     if valid.size == 0:
         return np.array([0, 0, 0, np.inf, -np.inf])
-    mean = valid.mean()
     low, high = valid.min(), valid.max()
-    return np.array([valid.size, mean, np.square(valid - mean).sum(), low, high])
+    with np.errstate(invalid="ignore"):  # an infinite value makes mean or stdev NaN, as in NumPy
+        mean = valid.mean()
+        return np.array([valid.size, mean, np.square(valid - mean).sum(), low, high])
 
 
 def merge(parts: Iterable[Float64]) -> Float64:
@@ -37,20 +43,25 @@ def merge(parts: Iterable[Float64]) -> Float64:
         if total is None:
             total = np.array(part, np.float64)
             continue
-        count = total[0] + part[0]
-        weight = np.divide(part[0], count, out=np.zeros_like(count), where=count > 0)
-        delta = part[1] - total[1]
-        total = np.stack(
-            [
-                count,
-                total[1] + delta * weight,
-                total[2] + part[2] + np.square(delta) * total[0] * weight,
-                np.minimum(total[3], part[3]),
-                np.maximum(total[4], part[4]),
-            ]
-        )
+        with np.errstate(invalid="ignore"):
+            total = _merge_two(total, part)
     assert total is not None
     return total
+
+
+def _merge_two(a: Float64, b: Float64) -> Float64:
+    count = a[0] + b[0]
+    weight = np.divide(b[0], count, out=np.zeros_like(count), where=count > 0)
+    delta = b[1] - a[1]
+    return np.stack(
+        [
+            count,
+            a[1] + delta * weight,
+            a[2] + b[2] + np.square(delta) * a[0] * weight,
+            np.minimum(a[3], b[3]),
+            np.maximum(a[4], b[4]),
+        ]
+    )
 
 
 def finish(total: Float64) -> dict[str, Float64]:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from shardio.codec import crc32c
 from shardio.errors import ChunkError, DatasetError, OutputError
 from shardio.job import refuse_unfinished
-from shardio.output import CHECKSUMS
+from shardio.output import CHECKSUMS, checksum
 from shardio.plan import Task
 from shardio.reader import NativeReader
 from shardio.rechunk import Buffers, write_block
@@ -158,7 +158,7 @@ def _faults_of(stored: Stored, date: int) -> Iterator[Fault]:
 def _problem(stored: Stored, date: int, chunk: int) -> str:
     try:
         content = stored.reader.stored((date, 0, 0, chunk))
-    except ChunkError as error:
+    except (ChunkError, OSError) as error:
         return str(error)
     if content is None:
         return "the chunk is missing"
@@ -179,9 +179,9 @@ def _unexpected_bytes(stored: Stored, date: int) -> str:
         lengths = [
             len(c) for i in range(stored.grid_chunks) if (c := stored.reader.stored((date, 0, 0, i))) is not None
         ]
-    except ChunkError:
+        size = (stored.store.root / "data" / stored.layout.file_of((date, 0, 0, 0))[0]).stat().st_size
+    except (ChunkError, OSError):
         return ""  # said by the chunk itself
-    size = (stored.store.root / "data" / stored.layout.file_of((date, 0, 0, 0))[0]).stat().st_size
     expected = sum(lengths) + 16 * stored.grid_chunks + 4
     return f"the file has {size} bytes, its chunks and index {expected}" if size != expected else ""
 
@@ -197,7 +197,7 @@ def _small_arrays(stored: Stored) -> list[Fault]:
             continue
         if values is None:
             faults.append(Fault(f"{stored.path}/{name}", None, None, "the array is missing"))
-        elif crc32c(np.ascontiguousarray(values).tobytes()) != crc:
+        elif checksum(values) != crc:
             faults.append(Fault(f"{stored.path}/{name}", None, None, "its values are not those recorded"))
     return faults
 

@@ -130,12 +130,13 @@ def _lookahead(pool: Executor, function: Any, items: list[Any], ahead: int) -> I
 
 
 class atomic_file:  # noqa: N801, used as a function
-    """A file that gets its name when it is complete: a kill leaves `NAME.<pid>.tmp`, never half a NAME."""
+    """A file that gets its name when it is complete: a kill leaves `NAME.<random>.tmp`, never half a NAME."""
 
     def __init__(self, path: Path, sync: bool):
         self._path, self._sync = path, sync
-        self._temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+        # Random: containers share process ids, and a lost worker may still write what another writes again.
+        self._temporary = path.with_name(f"{path.name}.{os.urandom(4).hex()}.tmp")
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
         self._descriptor = os.open(self._temporary, flags, 0o666)
 
     def write(self, parts: list[Any]) -> None:
