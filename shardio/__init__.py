@@ -1,3 +1,39 @@
 """shardio: weather datasets cut into grid-chunks, and loaded so that no rank ever holds the full grid."""
 
+from typing import Any
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "Dataset",
+    "Partition",
+    "ReadGroupSampler",
+    "ShardedBatch",
+    "ShardedDataLoader",
+    "Topology",
+    "__version__",
+    "open_dataset",
+]
+
+_HOMES = {
+    "Dataset": "dataset",
+    "Partition": "partition",
+    "ReadGroupSampler": "sampler",
+    "ShardedBatch": "loader",
+    "ShardedDataLoader": "loader",
+    "Topology": "topology",
+    "open_dataset": "dataset",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Names are fetched when first used: `import shardio` itself costs no torch, no zarr.
+    if name not in _HOMES:
+        raise AttributeError(f"module 'shardio' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"shardio.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

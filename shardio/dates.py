@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -64,10 +65,24 @@ def check_increasing(dates: Dates, where: str) -> None:
 
 def frequency(dates: Dates) -> str | None:
     """The commonest step between dates as anemoi writes it ("6h", "1d", "30m"); None for a single date."""
+    seconds = frequency_seconds(dates)
+    return None if seconds is None else format_step(seconds)
+
+
+def frequency_seconds(dates: Dates) -> int | None:
+    """The commonest step between dates in seconds; None for a single date."""
     if len(dates) < 2:
         return None
     steps, counts = np.unique(np.diff(dates).astype("timedelta64[s]").astype(np.int64), return_counts=True)
-    return format_step(int(steps[np.argmax(counts)]))
+    return int(steps[np.argmax(counts)])
+
+
+def parse_step(text: str) -> int:
+    """`6h` -> 21600; also d, m, s."""
+    match = re.fullmatch(r"\s*(\d+)\s*([dhms])\s*", str(text))
+    if not match or int(match[1]) == 0:
+        raise SelectionError(f"{text!r} is not a step in time. Write 6h, 1d, 30m or 45s.")
+    return int(match[1]) * {"d": 86400, "h": 3600, "m": 60, "s": 1}[match[2]]
 
 
 def format_step(seconds: int) -> str:

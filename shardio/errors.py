@@ -23,3 +23,7 @@ class PlanError(ShardioError):
 
 class OutputError(ShardioError):
     """The output exists, belongs to another run, or cannot be written."""
+
+
+class TopologyError(ShardioError):
+    """Group sizes that do not divide one another, or a rank outside its world."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import os
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,7 +22,7 @@ from shardio.errors import ChunkError
 from shardio.layout import ArrayLayout
 from shardio.store import LocalStore, Store
 
-# Along each axis a range, or a list of indices in any order (along one axis at most).
+# Along each axis a range, or a list of indices in any order; lists along several axes mean their outer product.
 Box = tuple[slice | tuple[int, ...], ...]
 NO_CHUNK = 2**64 - 1
 
@@ -54,6 +54,14 @@ def overlap(cut: slice | tuple[int, ...], i: int, n: int) -> tuple[slice | list[
         return slice(start - cut.start, stop - cut.start), slice(start - i * n, stop - i * n)
     places = [place for place, index in enumerate(cut) if index // n == i]
     return places, [cut[place] - i * n for place in places]
+
+
+def outer_index(cuts: Sequence[slice | list[int]], shape: tuple[int, ...]) -> tuple[Any, ...]:
+    """An index that NumPy takes as the outer product of `cuts`; slices stay slices where they can."""
+    if sum(isinstance(cut, list) for cut in cuts) < 2:
+        return tuple(cuts)
+    listed = [range(*cut.indices(n)) if isinstance(cut, slice) else cut for cut, n in zip(cuts, shape, strict=True)]
+    return np.ix_(*listed)
 
 
 class Scratch(threading.local):
@@ -95,6 +103,20 @@ class NativeReader:
         finally:
             os.close(descriptor)
 
+    def read_chunk(self, chunk: tuple[int, ...], out: NDArray[Any], crc: int | None = None) -> None:
+        """Decode a whole chunk straight into contiguous `out` of its shape and dtype; `crc` is checked where given."""
+        where = self.where(chunk)
+        stored = self.stored(chunk)
+        if stored is None:
+            raise ChunkError(f"{where} is missing. {REMEDY}")
+        if crc is not None and crc32c(stored[: len(stored) - 4 * self.layout.checked]) != crc:
+            raise ChunkError(f"{where}: the crc32c of its stored bytes is not the one recorded. {REMEDY}")
+        self.decode(stored, out, where)
+
+    def where(self, chunk: tuple[int, ...]) -> str:
+        """A chunk as messages name it."""
+        return f"{self.folder / self.layout.file_of(chunk)[0]} (chunk {'.'.join(map(str, chunk))})"
+
     def decode(self, stored: NDArray[np.uint8], out: NDArray[Any], where: str) -> None:
         """Check and decode stored bytes into contiguous `out`; ChunkError names `where`."""
         assert self.layout.codec is not None
@@ -110,9 +132,12 @@ class NativeReader:
 
     def _read_chunk(self, chunk: tuple[int, ...], box: Box, out: NDArray[Any]) -> None:
         layout = self.layout
-        where = f"{self.folder / layout.file_of(chunk)[0]} (chunk {'.'.join(map(str, chunk))})"
+        where = self.where(chunk)
         overlaps = [overlap(cut, i, n) for cut, i, n in zip(box, chunk, layout.chunks, strict=True)]
-        place, inner = (tuple(side) for side in zip(*overlaps, strict=True))
+        place, inner = (
+            outer_index(side, shape)
+            for side, shape in zip(zip(*overlaps, strict=True), (out.shape, layout.chunks), strict=True)
+        )
         stored = self.stored(chunk)
         if stored is None:
             if not self.fill_absent:

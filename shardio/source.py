@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import sha256
 from itertools import pairwise
 from typing import Any, Protocol
@@ -13,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from shardio.arrays import consolidated_names, small_array
 from shardio.dates import Dates, between, check_increasing
 from shardio.errors import DatasetError, SelectionError
 from shardio.layout import ArrayLayout, parse
@@ -79,8 +81,11 @@ class Source(Protocol):
     attributes: Json
     data_attributes: Json
     statistics: dict[str, NDArray[np.float64]] | None
-    extras: tuple[Extra, ...]
     zarr_format: int
+
+    @property
+    def extras(self) -> tuple[Extra, ...]:
+        """Arrays that travel along."""
 
     def fingerprint(self) -> str:
         """Changes whenever metadata or the size of any stored chunk changes."""
@@ -141,12 +146,30 @@ class AnemoiSource:
         self.latitudes = self._required("latitudes", cells).astype(np.float64)
         self.longitudes = self._required("longitudes", cells).astype(np.float64)
         self.statistics = self._statistics()
-        self.extras = tuple(self._extra(name) for name in self._extra_names())
         self._cut = as_cut(self._variables)
         self.extent = _extent_of(self.layout, self._dates, self._variables)
         self._reader = open_reader(store, "data", self.layout, fill_absent)
         # A missing date has a row but may have no chunks: there the fill value is what the source says.
         self._reader_of_missing = open_reader(store, "data", self.layout, fill_absent=True)
+
+    @cached_property
+    def extras(self) -> tuple[Extra, ...]:
+        return tuple(self._extra(name) for name in self._extra_names())
+
+    @property
+    def rows(self) -> range:
+        """Stored rows of the selected dates."""
+        return self._dates
+
+    @property
+    def stored_variables(self) -> tuple[int, ...]:
+        """Stored places of the selected variables."""
+        return self._variables
+
+    @property
+    def reader(self) -> Reader:
+        """Reads boxes of the stored array."""
+        return self._reader
 
     def fingerprint(self) -> str:
         digest = sha256(repr(self._metadata).encode())
@@ -185,6 +208,9 @@ class AnemoiSource:
         return names
 
     def array(self, name: str) -> NDArray[Any] | None:
+        """All values of one of the small arrays; None where there is no such array."""
+        if not isinstance(self._store, LocalStore):
+            return small_array(self._store, name)
         import zarr
 
         try:
@@ -210,6 +236,8 @@ class AnemoiSource:
         return kept if len(kept) == len(NAMES) else None
 
     def _extra_names(self) -> list[str]:
+        if not isinstance(self._store, LocalStore):
+            return consolidated_names(self._store)
         import zarr
 
         known = {"data", "dates", "latitudes", "longitudes", "shardio_crc32c", *NAMES}

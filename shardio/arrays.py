@@ -1,0 +1,67 @@
+"""Small arrays of a remote dataset, in the types that weather datasets use; zarr-python reads the local ones."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardio.errors import ChunkError, DatasetError
+from shardio.layout import ArrayLayout, parse
+from shardio.reader import overlap
+from shardio.store import Store, read_json
+
+
+def small_array(store: Store, name: str) -> NDArray[Any] | None:
+    """All values of the array `name`; None where there is none."""
+    metadata = read_json(store, f"{name}/zarr.json") or read_json(store, f"{name}/.zarray")
+    if metadata is None:
+        return None
+    layout, dtype = _with_dates(metadata, f"{store.url}/{name}")
+    if layout.codec is None or layout.zarr_shards is not None:
+        raise DatasetError(
+            f"{store.url}/{name} is stored in a way that remote reading does not know. Copy it here first."
+        )
+    values = np.full(layout.shape, 0 if layout.fill_value is None else layout.fill_value, layout.dtype)
+    for chunk in itertools.product(*(range(n) for n in layout.grid)):
+        stored = store.get(f"{name}/{layout.file_of(chunk)[0]}")
+        if stored is not None:
+            _fill(values, chunk, stored, layout, f"{store.url}/{name}")
+    return values.view(dtype)
+
+
+def consolidated_names(store: Store) -> list[str]:
+    """Names of extra arrays as far as consolidated metadata tells: a web server cannot list."""
+    v3 = (read_json(store, "zarr.json") or {}).get("consolidated_metadata") or {}
+    v2 = (read_json(store, ".zmetadata") or {}).get("metadata", {})
+    names = [*v3.get("metadata", {}), *(key.removesuffix("/.zarray") for key in v2 if key.endswith("/.zarray"))]
+    return sorted(name for name in names if name.startswith("statistics_"))
+
+
+def _with_dates(metadata: dict[str, Any], where: str) -> tuple[ArrayLayout, np.dtype[Any]]:
+    """The layout with dates as the 64-bit integers that they are stored as, and their real type."""
+    kind = metadata.get("data_type", metadata.get("dtype"))
+    if isinstance(kind, dict) and kind.get("name") == "numpy.datetime64":
+        configuration = kind["configuration"]
+        dtype = np.dtype(f"datetime64[{configuration['scale_factor']}{configuration['unit']}]")
+        return parse({**metadata, "data_type": "int64"}, where), dtype
+    layout = parse(metadata, where)
+    dtype = np.dtype(layout.dtype)
+    if dtype.kind == "M":
+        layout = replace(layout, dtype="<i8", fill_value=None)
+    return layout, dtype
+
+
+def _fill(values: NDArray[Any], chunk: tuple[int, ...], stored: bytes, layout: ArrayLayout, where: str) -> None:
+    assert layout.codec is not None
+    decoded = np.empty(layout.chunks, layout.dtype)
+    try:
+        layout.codec.decode(memoryview(stored)[: len(stored) - 4 * layout.checked], decoded)
+    except ChunkError as error:
+        raise DatasetError(f"{where} cannot be read: {error}") from error
+    whole = tuple(slice(0, n) for n in layout.shape)
+    pairs = [overlap(cut, i, n) for cut, i, n in zip(whole, chunk, layout.chunks, strict=True)]
+    values[tuple(place for place, _ in pairs)] = decoded[tuple(inner for _, inner in pairs)]
