@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from shardio.codec import crc32c
 from shardio.errors import ChunkError
 from shardio.layout import ArrayLayout
-from shardio.store import LocalStore, Store
+from shardio.store import SECONDS_TO_ANSWER, LocalStore, Store, kvstore_spec, remote_context
 
 # Along each axis a range, or a list of indices in any order; lists along several axes mean their outer product.
 Box = tuple[slice | tuple[int, ...], ...]
@@ -194,28 +194,38 @@ class TensorstoreReader:
         import tensorstore as ts
 
         self.layout, self.url = layout, url
+        self._remote = "://" in url
         driver = "zarr" if layout.zarr_format == 2 else "zarr3"
-        spec: dict[str, Any] = {"driver": driver, "kvstore": url if "://" in url else {"driver": "file", "path": url}}
+        spec: dict[str, Any] = {"driver": driver, "kvstore": kvstore_spec(url), "recheck_cached_data": "open"}
         if not fill_absent:
             spec["fill_missing_data_reads"] = False
         try:
-            self._array = ts.open(spec, open=True, read=True).result()
-        except ValueError as error:
+            self._array = ts.open(spec, open=True, read=True, context=remote_context()).result(SECONDS_TO_ANSWER)
+        except (ValueError, TimeoutError) as error:
             raise ChunkError(f"tensorstore cannot open {url}: {error}") from error
 
     def read(self, box: Box, out: NDArray[Any], pool: Executor | None = None) -> None:
         import tensorstore as ts
 
         dtype = np.dtype(self.layout.dtype).newbyteorder("=")
-        values = out if out.dtype == dtype else np.empty(out.shape, dtype)
+        # A remote answer may come after the time is up: never into a buffer that somebody else has by then.
+        values = out if out.dtype == dtype and not self._remote else np.empty(out.shape, dtype)
+        part = self._array.oindex[tuple(cut if isinstance(cut, slice) else list(cut) for cut in box)]
+        reading = ts.array(values).write(part)
         try:
-            ts.array(values).write(
-                self._array[tuple(cut if isinstance(cut, slice) else list(cut) for cut in box)]
-            ).result()
+            reading.result(SECONDS_TO_ANSWER if self._remote else None)
+        except TimeoutError as error:
+            raise ChunkError(f"{self.url}: no answer in {SECONDS_TO_ANSWER:g} s. Is the server up?") from error
         except ValueError as error:
-            raise ChunkError(f"{self.url}: {error}. {REMEDY}") from error
+            raise ChunkError(f"{self.url}: {error}. {_remedy(str(error))}") from error
         if values is not out:
             cast(values, out, (...,), self.url)
+
+
+def _remedy(problem: str) -> str:
+    if "was ignored by server" in problem:
+        return "Zarr shards need a server that answers byte ranges (nginx, Apache and object stores do)."
+    return REMEDY
 
 
 def cast(values: NDArray[Any], out: NDArray[Any], place: Any, where: str) -> None:

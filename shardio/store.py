@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
 from shardio.errors import DatasetError
 
+SECONDS_TO_ANSWER = float(os.environ.get("SHARDIO_TIMEOUT", "60"))
+CACHE_BYTES = 64 * 2**20
 REMOTE = ("s3://", "gs://", "http://", "https://")
 
 
@@ -58,19 +61,49 @@ class RemoteStore:
 
         self.url = url.rstrip("/")
         try:
-            self._kvstore = ts.KvStore.open(self.url + "/").result()
-        except ValueError as error:
+            self._kvstore = ts.KvStore.open(kvstore_spec(self.url), context=remote_context()).result(SECONDS_TO_ANSWER)
+        except (ValueError, TimeoutError) as error:
             raise DatasetError(f"{url} cannot be opened: {error}") from error
 
     def get(self, name: str) -> bytes | None:
         try:
-            read = self._kvstore.read(name).result()
+            read = self._kvstore.read(name).result(SECONDS_TO_ANSWER)
+        except TimeoutError as error:
+            raise DatasetError(f"{self.url}/{name}: no answer in {SECONDS_TO_ANSWER} s. Is the server up?") from error
         except ValueError as error:
             raise DatasetError(f"{self.url}/{name} cannot be read: {error}") from error
         return bytes(read.value) if read.state == "value" else None
 
     def sizes(self, folder: str = "") -> dict[str, int]:
         return {}  # listing gives names without sizes, and web servers give neither
+
+
+def kvstore_spec(url: str) -> dict[str, Any] | str:
+    """What tensorstore opens: a local path or an address; `AWS_ENDPOINT_URL` names an S3 server other than Amazon's."""
+    if "://" not in url:
+        return {"driver": "file", "path": url.rstrip("/") + "/"}
+    endpoint = os.environ.get("AWS_ENDPOINT_URL")
+    if url.startswith("s3://") and endpoint:
+        bucket, _, path = url.removeprefix("s3://").partition("/")
+        region = os.environ.get("AWS_DEFAULT_REGION", "us-east-1")
+        return {"driver": "s3", "bucket": bucket, "path": f"{path}/", "endpoint": endpoint, "aws_region": region}
+    return url.rstrip("/") + "/"
+
+
+@lru_cache(maxsize=1)
+def remote_context() -> Any:
+    """Shared by all remote reads of this process: few retries, and a cache for the indexes of Zarr shards."""
+    import tensorstore as ts
+
+    retries = {"max_retries": 4, "initial_delay": "200ms", "max_delay": "2s"}
+    return ts.Context(
+        {
+            "http_request_retries": retries,
+            "s3_request_retries": retries,
+            "gcs_request_retries": retries,
+            "cache_pool": {"total_bytes_limit": CACHE_BYTES},
+        }
+    )
 
 
 def open_store(url: str | os.PathLike[str]) -> Store:
