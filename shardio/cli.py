@@ -26,7 +26,7 @@ class ByteSize(click.ParamType[int]):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         if isinstance(value, int):
             return value
-        match = re.fullmatch(r"\s*([0-9.]+)\s*([KMGT]?)(i?)B?\s*", str(value), re.IGNORECASE)
+        match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)(i?)B?\s*", str(value), re.IGNORECASE)
         if not match:
             self.fail(f"{value!r} is not a size. Write 4GiB, 500MB or a number of bytes.", param, ctx)
         base = 1024 if match[3] else 1000
@@ -41,7 +41,10 @@ class Names(click.ParamType[tuple[str, ...]]):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
         if isinstance(value, tuple):
             return value
-        return tuple(name.strip() for name in value.split(",") if name.strip())
+        names = tuple(name.strip() for name in value.split(",") if name.strip())
+        if not names:
+            self.fail("it names nothing. Write a,b,c, or leave the option out.", param, ctx)
+        return names
 
 
 class Commands(click.Group):
@@ -54,6 +57,11 @@ class Commands(click.Group):
             if ctx.params.get("debug"):
                 raise
             click.echo(f"Error: {error}", err=True)
+            ctx.exit(1)
+        except OSError as error:
+            if ctx.params.get("debug") or isinstance(error, BrokenPipeError):
+                raise
+            click.echo(f"Error: {error}. Correct the cause, then run the same command again.", err=True)
             ctx.exit(1)
         except KeyboardInterrupt:
             click.echo("Interrupted. What is written is kept: run the same command again to continue.", err=True)
@@ -220,8 +228,7 @@ def verify(path: str, source: str | None, repair: bool, as_json: bool) -> None:
     repaired = 0
     if repair and source and faults:
         repaired = checks.repair(path, source, faults)
-        still = checks.check(path)
-        faults = [fault for fault in faults if fault in still]
+        faults = checks.check(path)
     if source and not faults:
         with display("values", _dates_of(path)) as bar:
             faults = checks.compare(path, source, lambda done, of: bar.update(done))
@@ -233,6 +240,26 @@ def verify(path: str, source: str | None, repair: bool, as_json: bool) -> None:
             click.echo(fault)
         click.echo(_verdict(path, source, len(faults), repaired))
     sys.exit(1 if faults else 0)
+
+
+@main.command()
+@click.argument("path")
+@click.option("--ranks", type=click.IntRange(min=1), required=True, help="Ranks of the model group.")
+@click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Medians of so many rounds.")
+@json_option
+def bench(path: str, ranks: int, rounds: int, as_json: bool) -> None:
+    r"""Measure how fast one of M ranks gets its shard: loader, limit, tensorstore, whole date.
+
+    \b
+    shardio bench era5-16.zarr --ranks 4
+    """
+    from shardio.bench import measure, print_measurement
+
+    found = measure(path, ranks, rounds)
+    if as_json:
+        click.echo(json.dumps(found, indent=1))
+    else:
+        print_measurement(found)
 
 
 @main.command()

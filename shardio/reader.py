@@ -25,6 +25,7 @@ from shardio.store import SECONDS_TO_ANSWER, LocalStore, Store, kvstore_spec, re
 # Along each axis a range, or a list of indices in any order; lists along several axes mean their outer product.
 Box = tuple[slice | tuple[int, ...], ...]
 NO_CHUNK = 2**64 - 1
+MOST_INDEXES = 4096  # of Zarr shards, kept in memory
 
 
 class Reader(Protocol):
@@ -82,6 +83,7 @@ class NativeReader:
         """`fill_absent`: chunks that are not stored hold the fill value, as Zarr has it, instead of an error."""
         self.folder, self.layout, self.fill_absent = folder, layout, fill_absent
         self._scratch = Scratch()
+        self._indexes: dict[str, tuple[tuple[int, int], NDArray[np.uint64]]] = {}
 
     def read(self, box: Box, out: NDArray[Any], pool: Executor | None = None) -> None:
         touched = chunks_of(box, self.layout.chunks)
@@ -97,8 +99,8 @@ class NativeReader:
         except FileNotFoundError:
             return None
         try:
-            size = os.fstat(descriptor).st_size
-            where = (0, size) if place is None else self._locate(descriptor, size, place, name)
+            status = os.fstat(descriptor)
+            where = (0, status.st_size) if place is None else self._locate(descriptor, status, place, name)
             return None if where is None else self._pread(descriptor, *where, name, "stored")
         finally:
             os.close(descriptor)
@@ -154,24 +156,35 @@ class NativeReader:
         self.decode(stored, decoded, where)
         cast(decoded[inner], out, place, where)
 
-    def _locate(self, descriptor: int, size: int, place: int, name: str) -> tuple[int, int] | None:
-        """(offset, bytes) of an inner chunk, from the index of its Zarr shard."""
+    def _locate(self, descriptor: int, status: os.stat_result, place: int, name: str) -> tuple[int, int] | None:
+        """(offset, bytes) of an inner chunk, from its Zarr shard's index, kept while the file does not change."""
+        version = (status.st_size, status.st_mtime_ns)
+        known = self._indexes.get(name)
+        if known is None or known[0] != version:
+            if len(self._indexes) >= MOST_INDEXES:
+                self._indexes.clear()
+            known = self._indexes[name] = (version, self._read_index(descriptor, status.st_size, name))
+        offset, length = known[1][place].tolist()
+        if offset == NO_CHUNK and length == NO_CHUNK:
+            return None
+        if offset + length > status.st_size:
+            raise ChunkError(
+                f"{self.folder / name} is truncated: its index points to byte {offset + length} of "
+                f"{status.st_size}. {REMEDY}"
+            )
+        return offset, length
+
+    def _read_index(self, descriptor: int, size: int, name: str) -> NDArray[np.uint64]:
+        """[inner chunks, 2]: offset and bytes of every chunk of a Zarr shard."""
         entries = int(np.prod(self.layout.chunks_per_zarr_shard))
         nbytes = 16 * entries + 4 * self.layout.index_checked
-        start = size - nbytes if self.layout.index_at_end else 0
         if size < nbytes:
             raise ChunkError(f"{self.folder / name} has {size} bytes, less than its index of {nbytes}. {REMEDY}")
+        start = size - nbytes if self.layout.index_at_end else 0
         index = self._pread(descriptor, start, nbytes, name, "index")
         if self.layout.index_checked and crc32c(index[:-4]) != int.from_bytes(index[-4:].tobytes(), "little"):
             raise ChunkError(f"{self.folder / name}: the crc32c of its chunk index does not match. {REMEDY}")
-        offset, length = index[: 16 * entries].view("<u8").reshape(-1, 2)[place].tolist()
-        if offset == NO_CHUNK and length == NO_CHUNK:
-            return None
-        if offset + length > size:
-            raise ChunkError(
-                f"{self.folder / name} is truncated: its index points to byte {offset + length} of {size}. {REMEDY}"
-            )
-        return offset, length
+        return index[: 16 * entries].view("<u8").reshape(-1, 2).copy()
 
     def _pread(self, descriptor: int, offset: int, nbytes: int, name: str, purpose: str) -> NDArray[np.uint8]:
         buffer = self._scratch.take(purpose, nbytes)
