@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -99,8 +99,11 @@ def _open(file: str) -> xr.Dataset:
     import xarray as xr
 
     # chunks=None: without dask, which the runner already uses around us.
-    engine = "zarr" if Path(file).is_dir() else None
-    return xr.open_dataset(file, engine=engine, chunks=None, decode_coords="all", decode_timedelta=False)
+    options: dict[str, Any] = {"chunks": None, "decode_coords": "all", "decode_timedelta": False}
+    if not Path(file).is_dir():
+        return xr.open_dataset(file, **options)
+    zarr = xr.open_dataset(file, engine="zarr", **options)
+    return zarr[sorted(map(str, zarr.data_vars))]  # Zarr lists its arrays in any order, another each time
 
 
 def _is_grib(file: str) -> bool:

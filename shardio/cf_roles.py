@@ -27,6 +27,7 @@ UNITS = {"latitude": re.compile(r"degrees?_?n(orth)?", re.I), "longitude": re.co
 LEVEL = re.compile(
     r"(lev|plev|level|isobaric|pres|height|depth|altitude|hybrid|sigma|theta|model_level)[a-z_]*\d*", re.I
 )
+TIME = re.compile(r"t|times?|dates?|time_(counter|centered|instant)", re.I)
 PRESSURE = {"Pa": 0.01, "hPa": 1.0, "mbar": 1.0, "mb": 1.0, "millibar": 1.0, "millibars": 1.0}
 # Small loads spend their time in xarray: several stored chunks share one, up to this size.
 BYTES_AT_ONCE = 2**20
@@ -197,7 +198,8 @@ def _dates(array: xr.DataArray) -> tuple[tuple[str, ...], Dates, NDArray[np.intp
     times = [str(name) for name, c in array.coords.items() if c.dtype.kind == "M" or "calendar" in c.encoding]
     named = [name for name in times if _standard_name(array, name) == "time"]
     axis = [name for name in times if array[name].attrs.get("axis") == "T"]
-    name = next((name for name in ("valid_time", *named, *axis, "time") if name in times), None)
+    called = [name for name in times if TIME.fullmatch(name)]
+    name = next((name for name in ("valid_time", *named, *axis, *called) if name in times), None)
     if name is None:
         return (), np.empty(0, "datetime64[s]"), np.empty(0, np.intp)
     time = array[name]
