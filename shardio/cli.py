@@ -361,3 +361,7 @@ def _verdict(path: str, source: str | None, faults: int, repaired: int) -> str:
         return f"{fixed}{path}: {faults} fault(s). Repair chunks with: shardio verify {path} --source SOURCE --repair"
     equal = f" and every value equals {source}" if source else ""
     return f"{fixed}{path}: all checksums match{equal}"
+
+
+if __name__ == "__main__":
+    main()

@@ -2,7 +2,7 @@
 
     OUT.zarr.partial/job.json       what is being made: arguments, fingerprint of the source
     OUT.zarr.partial/ledger.jsonl   one line per finished task: crc32c, size and moments of its chunks
-    OUT.zarr.partial/dataset/       becomes OUT.zarr by one rename, when it is complete
+    OUT.zarr.partial/dataset-ID/    becomes OUT.zarr by one rename, when it is complete
 
 A chunk counts as written when the ledger says so, never because a file exists.
 """
@@ -12,10 +12,13 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardio.codec import crc32c
-from shardio.errors import DatasetError, OutputError
+from shardio.errors import ChunkError, DatasetError, OutputError
 from shardio.layout import ArrayLayout
 from shardio.reader import NativeReader
 from shardio.writer import StoredChunk, atomic_file, sync_folder
@@ -59,27 +62,31 @@ class WrittenDate:
 class Job:
     """One output in the making, held by one process at a time (a lock says so)."""
 
-    def __init__(self, destination: Path, identity: Json, command: str, sync: bool):
-        """Start, or continue, what `identity` says; OutputError where another run is unfinished or at work."""
-        self.destination, self.sync = destination, sync
+    def __init__(self, destination: Path, identity: Json, command: str, sync: bool, overwrite: bool = False):
+        """Start, or continue, what `identity` says; OutputError where another run is unfinished or at work.
+
+        With `overwrite` an unfinished run of another identity is discarded, and a complete output replaced at the end.
+        """
+        self.destination, self.sync, self.overwrite = destination, sync, overwrite
         self.folder = partial_of(destination)
-        self.dataset = self.folder / "dataset"
+        # Named after the job: a cluster's worker that outlived a discarded run cannot write into its successor.
+        self.dataset = self.folder / f"dataset-{sha256(json.dumps(identity).encode()).hexdigest()[:12]}"
         self.folder.mkdir(exist_ok=True)
         self._lock = _lock(self.folder)
         try:
-            begun = read_job(destination)
+            self.refuse_existing()
+            begun = self._begun(identity)
             self.resumed = begun is not None
             self.was_synced = bool(begun and begun["sync"])
             if begun is None:
+                (self.folder / "ledger.jsonl").unlink(missing_ok=True)
                 self._begin({"identity": identity, "command": command, "sync": sync})
-            elif begun["identity"] != identity:
-                raise OutputError(_difference(destination, begun, identity))
             elif begun["sync"] and not sync:
                 self._begin({**begun, "sync": False})
         except BaseException:
             self.close()
             raise
-        self._ledger = (self.folder / "ledger.jsonl").open("a+", encoding="utf-8")
+        self._ledger = (self.folder / "ledger.jsonl").open("a+", encoding="utf-8", errors="replace")
         self._end_torn_line()
         self._synced_at = time.monotonic()
 
@@ -97,7 +104,7 @@ class Job:
         for line in self._ledger:
             try:
                 record = WrittenDate.from_line(line)
-            except ValueError:
+            except (ValueError, TypeError):
                 continue  # torn by a kill
             if _sizes_match(record, layout, sizes) and (self.was_synced or _crc_matches(record, reader)):
                 intact[record.date] = record
@@ -118,20 +125,47 @@ class Job:
                 for name in files if Path(parent) != self.dataset / "data" else ():
                     sync_folder(Path(parent) / name)
                 sync_folder(Path(parent))
-        if self.destination.exists():
+        self.refuse_existing()  # somebody else may have put it there meanwhile
+        if os.path.lexists(self.destination):
             replaced = self.folder / f"replaced.{time.time_ns()}"
             os.replace(self.destination, replaced)
         os.replace(self.dataset, self.destination)
         if self.sync:
             sync_folder(self.destination.parent)
+        shutil.rmtree(self.folder, ignore_errors=True)
         self.close()
-        shutil.rmtree(self.folder)
+        with suppress(OSError):  # NFS keeps the name of an open file, here the lock
+            self.folder.rmdir()
 
     def close(self) -> None:
         """Let another run continue."""
         if hasattr(self, "_ledger"):
             self._ledger.close()
         os.close(self._lock)
+
+    def refuse_existing(self) -> None:
+        """OutputError where the destination exists and may not be replaced."""
+        if os.path.lexists(self.destination) and not self.overwrite:
+            raise OutputError(
+                f"{self.destination} exists. Use --overwrite to replace it, or choose another destination."
+            )
+
+    def _begun(self, identity: Json) -> Json | None:
+        """The unfinished run to continue; None where there is none, or where it may be discarded."""
+        try:
+            begun = read_job(self.destination)
+            if begun is not None and begun["identity"] != identity:
+                raise OutputError(_difference(self.destination, begun, identity))
+            return begun
+        except OutputError:
+            if not self.overwrite:
+                raise
+        for replaced in self.folder.glob("replaced.*"):  # killed between the two renames of `publish`
+            if not os.path.lexists(self.destination):
+                os.replace(replaced, self.destination)
+        for dataset in self.folder.glob("dataset-*"):
+            shutil.rmtree(dataset)
+        return None
 
     def _begin(self, content: Json) -> None:
         with atomic_file(self.folder / "job.json", sync=True) as file:
@@ -162,6 +196,17 @@ def read_job(destination: Path) -> Json | None:
     return content
 
 
+def sweep_published(destination: Path) -> None:
+    """Remove what a run leaves that was killed after it gave its output the name."""
+    folder = partial_of(destination)
+    if not (folder / "job.json").exists() or any(folder.glob("dataset-*")):
+        return
+    with suppress(OutputError):
+        lock = _lock(folder)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
 def refuse_unfinished(path: Path) -> None:
     """DatasetError where `path` is not there but its making has begun, with the command that finishes it."""
     destination = Path(str(path).removesuffix(".partial"))
@@ -169,7 +214,7 @@ def refuse_unfinished(path: Path) -> None:
     if begun is None or (path == destination and destination.exists()):
         return
     ledger = partial_of(destination) / "ledger.jsonl"
-    done = len(ledger.read_text().splitlines()) if ledger.exists() else 0
+    done = len(set(re.findall(rb"^\[(\d+),.*\]$", ledger.read_bytes(), re.MULTILINE))) if ledger.exists() else 0
     raise DatasetError(
         f"{destination} is incomplete: {done} of {begun['identity']['dates']} dates are written. "
         f"Finish it with: {begun['command']}"
@@ -185,7 +230,11 @@ def _lock(folder: Path) -> int:
         raise OutputError(f"another shardio process is writing {folder}. Wait for it, or stop it first.") from None
     except OSError:
         pass  # file systems without flock: one writer is then the user's promise
-    return descriptor
+    with suppress(FileNotFoundError):
+        if os.fstat(descriptor).st_ino == (folder / "lock").stat().st_ino:
+            return descriptor
+    os.close(descriptor)
+    raise OutputError(f"another shardio process has just finished {folder}. Look at its output first.")
 
 
 def _difference(destination: Path, begun: Json, identity: Json) -> str:
@@ -210,7 +259,13 @@ def _sizes_match(record: WrittenDate, layout: ArrayLayout, sizes: dict[str, int]
 
 def _crc_matches(record: WrittenDate, reader: NativeReader) -> bool:
     for chunk, crc in enumerate(record.crc):
-        stored = reader.stored((record.date, 0, 0, chunk))
-        if stored is None or crc32c(stored[: len(stored) - 4 * reader.layout.checked]) != crc:
+        try:
+            stored = reader.stored((record.date, 0, 0, chunk))
+        except ChunkError:  # the index of the Zarr shard is damaged
+            return False
+        if stored is None:
+            return False
+        payload, inside = np.split(stored, [len(stored) - 4 * reader.layout.checked])
+        if crc32c(payload) != crc or (reader.layout.checked and inside.tobytes() != crc.to_bytes(4, "little")):
             return False
     return True

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 from shardio import output, statistics
 from shardio.codec import named
 from shardio.errors import OutputError, ShardioError
-from shardio.job import Job, WrittenDate, partial_of
+from shardio.job import Job, WrittenDate, partial_of, sweep_published
 from shardio.layout import ArrayLayout, grid_chunked
 from shardio.plan import Plan, Task, make_plan
 from shardio.source import Selection, Source, open_source
@@ -121,7 +122,7 @@ def run(prepared: Prepared, report: Callable[[Progress], None] = lambda _: None)
     request, layout = prepared.request, prepared.layout
     destination = Path(request.destination)
     with _explained(destination):
-        job = _open_job(prepared)
+        job = Job(destination, prepared.identity, request.command, request.sync, request.overwrite)
         try:
             output.begin_data(job.dataset, layout, prepared.source.data_attributes)
             written = job.written(layout)
@@ -230,28 +231,6 @@ def execute_here(
             yield from (future.result() for future in done)
 
 
-def _open_job(prepared: Prepared) -> Job:
-    request = prepared.request
-    destination = Path(request.destination)
-    if request.overwrite:
-        return _restart(prepared, destination)
-    return Job(destination, prepared.identity, request.command, request.sync)
-
-
-def _restart(prepared: Prepared, destination: Path) -> Job:
-    """With --overwrite an unfinished output of other arguments is discarded; one of the same is continued."""
-    import shutil
-
-    request = prepared.request
-    try:
-        return Job(destination, prepared.identity, request.command, request.sync)
-    except OutputError as error:
-        if "unfinished output of another run" not in str(error):
-            raise
-        shutil.rmtree(partial_of(destination))
-        return Job(destination, prepared.identity, request.command, request.sync)
-
-
 def _check_destination(request: Request) -> None:
     destination = Path(request.destination)
     if "://" in request.destination:
@@ -262,10 +241,23 @@ def _check_destination(request: Request) -> None:
         raise OutputError(f"the folder {destination.parent} does not exist. Create it first.")
     if not os.access(destination.parent, os.W_OK):
         raise OutputError(f"the folder {destination.parent} is not writable. Choose another destination.")
-    if not request.opener and destination.exists() and destination.samefile(request.source):
-        raise OutputError(f"source and destination are the same: {destination.resolve()}. Choose another destination.")
-    if destination.exists() and not request.overwrite:
+    if not request.opener and "://" not in request.source:
+        for path in glob(request.source) or [request.source]:
+            _check_apart(Path(path), destination)
+    if os.path.lexists(destination) and not request.overwrite:
+        sweep_published(destination)
         raise OutputError(f"{destination} exists. Use --overwrite to replace it, or choose another destination.")
+
+
+def _check_apart(source: Path, destination: Path) -> None:
+    """OutputError where writing one would touch the other: the same path, also through a link, or one inside."""
+    here, there = source.resolve(), destination.resolve()
+    if here == there or (source.exists() and destination.exists() and source.samefile(destination)):
+        raise OutputError(f"source and destination are the same: {there}. Choose another destination.")
+    if here in there.parents:
+        raise OutputError(f"{destination} lies inside its source {source}. Choose a destination outside.")
+    if {there, partial_of(there)} & {here, *here.parents}:
+        raise OutputError(f"the source {source} lies inside the destination {destination}. Choose another destination.")
 
 
 def _check_unchanged(prepared: Prepared) -> None:
