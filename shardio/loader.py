@@ -22,7 +22,7 @@ from shardio.reader import NativeReader
 from shardio.reading import Reading, within
 from shardio.redistribute import redistribute
 from shardio.ring import Lease, Piece, Recycler, Ring
-from shardio.sampler import ReadGroupSampler, Sample, valid_starts
+from shardio.sampler import Position, ReadGroupSampler, Sample, valid_starts
 from shardio.topology import Topology
 
 MOST_LOCAL_THREADS = 8
@@ -204,24 +204,23 @@ class ShardedDataLoader:
 
     def __iter__(self) -> Iterator[ShardedBatch]:
         upcoming = self.sampler.upcoming()
-        ahead: deque[tuple[int, ShardedBatch]] = deque()
+        ahead: deque[tuple[Position, ShardedBatch]] = deque()
         try:
             while True:
                 while len(ahead) <= self.prefetch and (item := next(upcoming, None)) is not None:
                     ahead.append((item[0], self._begin(item[1])))
                 if not ahead:
                     break
-                cursor, batch = ahead.popleft()
+                position, batch = ahead.popleft()
                 batch.wait()
                 if self.reading.exchanges:
                     batch.exchange(self.group, self.device)
-                self.sampler.cursor = cursor
+                self.sampler.epoch, self.sampler.cursor = position
                 yield batch
                 del batch
         finally:
             for _, batch in ahead:
                 batch.cancel()
-        self.sampler.next_epoch()
 
     def state_dict(self) -> dict[str, Any]:
         """The exact position after the last batch handed out."""

@@ -21,6 +21,9 @@ from shardio.topology import Topology
 logger = logging.getLogger(__name__)
 
 
+Position = tuple[int, int]  # epoch, cursor
+
+
 @dataclass(frozen=True)
 class Sample:
     """One training window: the index of its first date; `padding` where it fills up the last batch of an epoch."""
@@ -97,29 +100,30 @@ class ReadGroupSampler:
             return self.starts
         return np.random.default_rng([self.seed, epoch]).permutation(self.starts)
 
-    def upcoming(self) -> Iterator[tuple[int, list[Sample]]]:
-        """(cursor after it, batch) of the rest of this epoch; the sampler itself stays where it is."""
+    def upcoming(self) -> Iterator[tuple[Position, list[Sample]]]:
+        """(position after it, batch) of the rest of this epoch; the sampler itself stays where it is.
+
+        After the last batch the position is the start of the next epoch, so that who stops there starts anew.
+        """
+        if self.drop_last and self.cursor + self.samples_per_step > len(self.starts):
+            self.next_epoch()  # resumed with larger batches: what is left fills none
         order = self.order(self.epoch)
-        position = self.cursor
-        while position + (self.samples_per_step if self.drop_last else 1) <= len(order):
-            positions = np.arange(position, position + self.samples_per_step)
+        cursor, needed = self.cursor, self.samples_per_step if self.drop_last else 1
+        while cursor + needed <= len(order):
+            positions = np.arange(cursor, cursor + self.samples_per_step)
             mine = positions[positions % self.topology.data_size == self.topology.data_rank]
             batch = [Sample(int(order[k % len(order)]), bool(k >= len(order))) for k in mine]
-            position = min(position + self.samples_per_step, len(order))
-            yield position, batch
-        if self.drop_last and position < len(order):
-            logger.info("%d samples of epoch %d fill no batch and are dropped", len(order) - position, self.epoch)
+            cursor += self.samples_per_step
+            last = cursor + needed > len(order)
+            if last and cursor < len(order):
+                logger.info("%d samples of epoch %d fill no batch and are dropped", len(order) - cursor, self.epoch)
+            yield (self.epoch + 1, 0) if last else (self.epoch, cursor), batch
 
     def batches(self) -> Iterator[list[Sample]]:
-        """Batches of the rest of this epoch; the cursor follows, and ends at the start of the next epoch."""
-        for cursor, batch in self.upcoming():
-            self.cursor = cursor
+        """Batches of the rest of this epoch; the position follows."""
+        for position, batch in self.upcoming():
+            self.epoch, self.cursor = position
             yield batch
-        self.next_epoch()
-
-    def next_epoch(self) -> None:
-        """Go to the start of the next epoch."""
-        self.epoch, self.cursor = self.epoch + 1, 0
 
     def __iter__(self) -> Iterator[int]:
         """Starts of single samples."""
