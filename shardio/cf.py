@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from itertools import groupby, pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +30,9 @@ from shardio.plan import SourceExtent
 from shardio.reader import cast
 from shardio.source import Extra, Json, Selection, as_cut
 from shardio.store import LocalStore
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 ONE_AT_A_TIME = threading.Lock()  # HDF5 and ecCodes serve one thread of a process
 KEPT_OF_VARIABLE = ("units", "long_name", "standard_name")
@@ -56,6 +60,16 @@ class CFSource:
         # Zarr decodes on many threads at once.
         self._parallel = all(Path(file).is_dir() for file in self._files)
         datasets = open_files(path, self._files)
+        try:
+            self._take(datasets, selection)
+        except BaseException:
+            for _, ds in datasets:  # now: the garbage collector would close them in any thread, and crash HDF5
+                ds.close()
+            raise
+
+    def _take(self, datasets: list[tuple[str, xr.Dataset]], selection: Selection) -> None:
+        """Choose what is wanted of everything there is."""
+        path = self.path
         found = [(file, array) for file, ds in datasets for array in ds.data_vars.values()]
         self._fields = join(choose(found, selection, path), selection, path)
         dropped = {str(array.name) for _, array in found} & set(selection.drop)

@@ -5,6 +5,7 @@ files --open_files--> (file, variable) --choose--> --join--> Field: parts, one a
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from shardio.cf_roles import Grid, Grids, MisfitError, Part, part_of
+from shardio.cf_roles import Grid, Grids, Misfit, MisfitError, Part, part_of
 from shardio.dates import Dates, check_increasing
 from shardio.errors import DatasetError, SelectionError
 from shardio.source import Selection
@@ -115,16 +116,26 @@ def _is_grib(file: str) -> bool:
 
 def _open_grib(file: str) -> list[xr.Dataset]:
     try:
-        import cfgrib
+        from cfgrib.xarray_store import open_variable_datasets  # unmerged: join() does that
     except (ImportError, RuntimeError) as error:  # RuntimeError: the ecCodes library is not found
         raise DatasetError(f'{file} is GRIB, which needs cfgrib ({error}). Use: pip install "shardio[grib]"') from error
     # No index file: it would be written beside the user's data.
-    datasets = cfgrib.open_datasets(file, backend_kwargs={"indexpath": "", "errors": "raise"})
+    datasets = open_variable_datasets(file, backend_kwargs={"indexpath": "", "errors": "raise"})
     for array in [array for ds in datasets for array in ds.data_vars.values()]:
         # A GRIB message is one field, always decoded whole.
         grid = {"latitude", "longitude", "y", "x", "values"} & {str(dim) for dim in array.dims}
-        array.encoding["preferred_chunks"] = {dim: array.sizes[dim] for dim in grid}
+        array.encoding |= {"preferred_chunks": {dim: array.sizes[dim] for dim in grid}, "absent": _absent(array)}
     return list(datasets)
+
+
+def _absent(array: xr.DataArray) -> str:
+    """Which messages the hypercube of a variable lacks: cfgrib would fill them with NaN, and say nothing."""
+    stored: Any = array.variable._data
+    while not hasattr(stored, "field_id_index"):  # xarray wraps the array of cfgrib several times
+        stored = stored.array
+    wanted = math.prod(stored.shape[: -stored.geo_ndim])
+    absent = wanted - len(stored.field_id_index)
+    return f"{absent} of {wanted}" if absent else ""
 
 
 def choose(found: list[Found], selection: Selection, path: str) -> list[Found]:
@@ -164,20 +175,20 @@ def positions(selection: Selection, fields: Sequence[Field], dropped: set[str], 
 def join(found: list[Found], selection: Selection, path: str) -> list[Field]:
     """Fields of one grid, one ensemble and one series of dates; one error names all variables that do not fit."""
     parts: dict[tuple[str, ...], list[Part]] = {}
-    misfits: dict[str, MisfitError] = {}
+    misfits: dict[str, Misfit] = {}
     grids: Grids = {}
     for file, array in found:
         try:
             part = part_of(array, file, grids)
             parts.setdefault(part.names, []).append(part)
         except MisfitError as misfit:
-            misfits[str(array.name)] = misfit
+            misfits[str(array.name)] = misfit.what
     fields = []
     for same in parts.values():
         try:
             fields.append(_field(same))
         except MisfitError as misfit:
-            misfits[same[0].name] = misfit
+            misfits[same[0].name] = misfit.what
     fields = _with_common(fields, misfits)
     if misfits:
         raise SelectionError(_explain(misfits, [field.name for field in fields], selection, path))
@@ -224,7 +235,7 @@ def _equal(one: Part, other: Part) -> bool:
     return one is other or np.array_equal(one.values.values, other.values.values, equal_nan=True)
 
 
-def _with_common(fields: list[Field], misfits: dict[str, MisfitError]) -> list[Field]:
+def _with_common(fields: list[Field], misfits: dict[str, Misfit]) -> list[Field]:
     """The fields that share the grid, ensemble and dates most of them have; the rest are misfits."""
     if not fields:
         return []
@@ -247,7 +258,7 @@ def _with_common(fields: list[Field], misfits: dict[str, MisfitError]) -> list[F
         else:
             kept.append(field)
             continue
-        misfits[field.name] = MisfitError(why, "Convert each on its own")
+        misfits[field.name] = Misfit(why, "Convert each on its own")
     return [field for field in kept if field.name not in misfits]
 
 
@@ -255,10 +266,10 @@ def _series(dates: Dates) -> str:
     return f"{len(dates)} from {dates[0]} to {dates[-1]}"
 
 
-def _explain(misfits: dict[str, MisfitError], fitting: list[str], selection: Selection, path: str) -> str:
+def _explain(misfits: dict[str, Misfit], fitting: list[str], selection: Selection, path: str) -> str:
     reasons: dict[str, list[str]] = {}
     for name, misfit in misfits.items():
-        reasons.setdefault(str(misfit), []).append(name)
+        reasons.setdefault(misfit.why, []).append(name)
     detail = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in reasons.items())
     remedy = next(iter(misfits.values())).remedy
     if fitting:

@@ -33,12 +33,19 @@ PRESSURE = {"Pa": 0.01, "hPa": 1.0, "mbar": 1.0, "mb": 1.0, "millibar": 1.0, "mi
 BYTES_AT_ONCE = 2**20
 
 
+class Misfit(NamedTuple):
+    """Why a variable cannot become fields on cells, and what would make it fit."""
+
+    why: str
+    remedy: str
+
+
 class MisfitError(Exception):
-    """Why one variable cannot become fields on cells, and what would make it fit."""
+    """One variable is a misfit. Whoever keeps it keeps `what` alone: a traceback would keep files open."""
 
     def __init__(self, why: str, remedy: str):
         super().__init__(why)
-        self.remedy = remedy
+        self.what = Misfit(why, remedy)
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,6 +153,11 @@ def part_of(array: xr.DataArray, file: str, grids: Grids) -> Part:
     """The roles of all dimensions of a variable; MisfitError where one has none. `grids` collects the grids met."""
     if array.dtype.kind not in "fiub":
         raise MisfitError(f"it holds {array.dtype}, not numbers", "Convert it to numbers with xarray first")
+    if array.encoding.get("absent"):
+        raise MisfitError(
+            f"{array.encoding['absent']} GRIB messages (levels x dates x members) are absent",
+            "Fetch them, or split the file by level or date with grib_copy",
+        )
     grid, grid_dims = _grid(array, grids)
     date_dims, dates, order = _dates(array)
     if set(date_dims) & set(grid_dims):
