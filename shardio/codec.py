@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +12,13 @@ from numpy.typing import NDArray
 from shardio.errors import ChunkError, ShardioError
 
 Json = dict[str, Any]
+_OTHERS = ("zstd", "zlib", "gzip")
 _SHUFFLES = ("noshuffle", "shuffle", "bitshuffle")
 
 
 @dataclass(frozen=True)
 class Codec:
-    """Compression of one chunk: `kind` is blosc, zstd or none; the other fields parametrise it."""
+    """Compression of one chunk: `kind` is blosc, zstd, none, or to decode only zlib, gzip; the rest parametrises it."""
 
     kind: str
     cname: str = ""
@@ -32,6 +34,8 @@ class Codec:
             return bytes(blosc.compress(values, self.cname.encode(), self.level, self.shuffle, self.blocksize))
         if self.kind == "zstd":
             return bytes(zstd.compress(values, self.level))
+        if self.kind != "none":
+            raise ShardioError(f"shardio reads {self.kind} but does not write it. Use one of: {', '.join(NAMED)}.")
         return values.tobytes()
 
     def decode(self, stored: memoryview, out: NDArray[Any]) -> None:
@@ -45,9 +49,11 @@ class Codec:
             elif self.kind == "zstd":
                 # Given `out`, numcodecs would accept fewer values than it holds and leave its tail as it was.
                 self._fill(out, memoryview(zstd.decompress(stored)))
+            elif self.kind in ("zlib", "gzip"):  # zlib checks their checksums, tensorstore does not
+                self._fill(out, memoryview(zlib.decompress(stored, wbits=47, bufsize=out.nbytes)))
             else:
                 self._fill(out, stored)
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError, zlib.error) as error:
             raise ChunkError(f"{self.kind} cannot decode {len(stored)} stored bytes: {error}") from error
 
     @staticmethod
@@ -121,7 +127,7 @@ def from_v2(compressor: Json | None, filters: list[Json] | None) -> Codec | None
     if compressor["id"] == "blosc" and compressor["shuffle"] in (0, 1, 2):
         keys = ("cname", "clevel", "shuffle", "blocksize")
         return Codec("blosc", *(compressor.get(key, 0) for key in keys))
-    return Codec("zstd", level=compressor.get("level", 3)) if compressor["id"] == "zstd" else None
+    return Codec(compressor["id"], level=compressor.get("level", 3)) if compressor["id"] in _OTHERS else None
 
 
 def from_v3(codecs: list[Json]) -> tuple[Codec, bool] | None:
@@ -136,10 +142,10 @@ def from_v3(codecs: list[Json]) -> tuple[Codec, bool] | None:
     if not middle:
         return Codec("none"), checked
     settings = middle[0].get("configuration", {})
-    if len(middle) > 1 or middle[0]["name"] not in ("blosc", "zstd"):
+    if len(middle) > 1 or middle[0]["name"] not in ("blosc", *_OTHERS):
         return None
-    if middle[0]["name"] == "zstd":
-        return Codec("zstd", level=settings.get("level", 0)), checked
+    if middle[0]["name"] in _OTHERS:
+        return Codec(middle[0]["name"], level=settings.get("level", 0)), checked
     shuffle = _SHUFFLES.index(settings["shuffle"])
     return Codec("blosc", settings["cname"], settings["clevel"], shuffle, settings.get("blocksize", 0)), checked
 

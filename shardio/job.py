@@ -16,7 +16,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -72,7 +72,8 @@ class Job:
         # Named after the job: a cluster's worker that outlived a discarded run cannot write into its successor.
         self.dataset = self.folder / f"dataset-{sha256(json.dumps(identity).encode()).hexdigest()[:12]}"
         self.folder.mkdir(exist_ok=True)
-        self._lock = _lock(self.folder)
+        self._open = ExitStack()
+        self._open.callback(os.close, _lock(self.folder))
         try:
             self.refuse_existing()
             begun = self._begun(identity)
@@ -83,11 +84,12 @@ class Job:
                 self._begin({"identity": identity, "command": command, "sync": sync})
             elif begun["sync"] and not sync:
                 self._begin({**begun, "sync": False})
+            ledger = (self.folder / "ledger.jsonl").open("a+", encoding="utf-8", errors="replace")
+            self._ledger = self._open.enter_context(ledger)
+            self._end_torn_line()
         except BaseException:
             self.close()
             raise
-        self._ledger = (self.folder / "ledger.jsonl").open("a+", encoding="utf-8", errors="replace")
-        self._end_torn_line()
         self._synced_at = time.monotonic()
 
     def written(self, layout: ArrayLayout) -> dict[int, WrittenDate]:
@@ -139,9 +141,7 @@ class Job:
 
     def close(self) -> None:
         """Let another run continue."""
-        if hasattr(self, "_ledger"):
-            self._ledger.close()
-        os.close(self._lock)
+        self._open.close()
 
     def refuse_existing(self) -> None:
         """OutputError where the destination exists and may not be replaced."""

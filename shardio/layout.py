@@ -146,7 +146,7 @@ def _parse_v2(metadata: Json) -> ArrayLayout:
         dtype=dtype.str,
         chunks=tuple(metadata["chunks"]),
         codec=from_v2(metadata["compressor"], metadata.get("filters")),
-        fill_value=_number(metadata["fill_value"]),
+        fill_value=_number(metadata["fill_value"], dtype),
         separator=metadata.get("dimension_separator", "."),
         order=metadata["order"],
     )
@@ -162,6 +162,8 @@ def _parse_v3(metadata: Json) -> ArrayLayout:
         index = codecs[0]["configuration"]
         codecs, chunks, shards = index["codecs"], tuple(index["chunk_shape"]), outer
     codec, checked = from_v3(codecs) or (None, False)
+    if any(each.get("configuration", {}).get("endian") == "big" for each in index.get("index_codecs", [])):
+        codec = None
     encoding = metadata["chunk_key_encoding"]
     default = encoding["name"] == "default"
     separator = encoding.get("configuration", {}).get("separator", "/" if default else ".")
@@ -175,18 +177,18 @@ def _parse_v3(metadata: Json) -> ArrayLayout:
         checked=checked,
         index_checked=any(codec["name"] == "crc32c" for codec in index.get("index_codecs", [])),
         index_at_end=index.get("index_location", "end") == "end",
-        fill_value=_number(metadata["fill_value"]),
+        fill_value=_number(metadata["fill_value"], np.dtype(metadata["data_type"])),
         prefix="c" + separator if default else "",
         separator=separator,
     )
 
 
-def _number(fill: Any) -> Any:
-    return (
-        {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}.get(fill, fill)
-        if isinstance(fill, str)
-        else fill
-    )
+def _number(fill: Any, dtype: np.dtype[Any]) -> Any:
+    if not isinstance(fill, str):
+        return fill
+    if fill.startswith("0x") and dtype.kind == "f":  # the bits of a NaN with a payload
+        return np.array(int(fill, 16), f"u{dtype.itemsize}").view(f"f{dtype.itemsize}")[()]
+    return {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}.get(fill, fill)
 
 
 def grid_chunked(shape: tuple[int, int, int, int], grid_chunks: int, zarr_format: int, codec: Codec) -> ArrayLayout:

@@ -65,6 +65,8 @@ def finish_dataset(
         # zarr warns that consolidated metadata and some types are not in the v3 specification; readers cope.
         warnings.simplefilter("ignore")
         group = zarr.open_group(folder, mode="a", zarr_format=layout.zarr_format)  # type: ignore[arg-type]
+        for name, about_group in getattr(source, "groups", {}).items():
+            group.require_group(name).attrs.put(about_group)
         for extra in arrays:
             _write_array(group, extra, layout.zarr_format)
         group.attrs.put(attributes | {"shardio": {**attributes["shardio"], "complete": True}})

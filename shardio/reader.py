@@ -1,7 +1,7 @@
 """Read any box of `data[date, variable, ensemble, cell]` into your own buffer.
 
-Two engines give the same values to the bit: NativeReader (local files in blosc, zstd or no codec: pread, decode in
-place) and TensorstoreReader (remote stores and every other codec).
+Three engines give the same values to the bit: NativeReader (local files in blosc, zstd, gzip or no codec: pread,
+decode in place), TensorstoreReader (remote stores and other codecs), ZarrReader (what only zarr-python decodes).
 """
 
 from __future__ import annotations
@@ -68,10 +68,11 @@ def outer_index(cuts: Sequence[slice | list[int]], shape: tuple[int, ...]) -> tu
 class Scratch(threading.local):
     """One growing byte buffer per thread and purpose: fresh memory costs as much as decoding."""
 
-    def take(self, purpose: str, nbytes: int) -> NDArray[np.uint8]:
+    def take(self, purpose: str, nbytes: int, likely: int = 0) -> NDArray[np.uint8]:
+        """`nbytes` bytes; `likely` is how many it may be another time, so that the buffer need not grow."""
         buffer: NDArray[np.uint8] | None = getattr(self, purpose, None)
         if buffer is None or buffer.nbytes < nbytes:
-            buffer = np.empty(nbytes, np.uint8)
+            buffer = np.empty(max(nbytes, likely), np.uint8)
             setattr(self, purpose, buffer)
         return buffer[:nbytes]
 
@@ -187,7 +188,7 @@ class NativeReader:
         return index[: 16 * entries].view("<u8").reshape(-1, 2).copy()
 
     def _pread(self, descriptor: int, offset: int, nbytes: int, name: str, purpose: str) -> NDArray[np.uint8]:
-        buffer = self._scratch.take(purpose, nbytes)
+        buffer = self._scratch.take(purpose, nbytes, self.layout.chunk_bytes if purpose == "stored" else 0)
         done = 0
         while done < nbytes:
             got = os.preadv(descriptor, [buffer[done:]], offset + done)
@@ -253,8 +254,37 @@ def cast(values: NDArray[Any], out: NDArray[Any], place: Any, where: str) -> Non
         ) from error
 
 
+class ZarrReader:
+    """Filters of numcodecs, in local files: zarr-python alone decodes them."""
+
+    def __init__(self, folder: Path, layout: ArrayLayout, fill_absent: bool = False):
+        import zarr
+
+        self.layout, self._folder, self._fill_absent = layout, folder, fill_absent
+        try:
+            self._array: Any = zarr.open_array(folder, mode="r")
+        except Exception as error:  # zarr and numcodecs have no exception of their own
+            raise ChunkError(f"neither tensorstore nor zarr can open {folder}: {error}") from error
+
+    def read(self, box: Box, out: NDArray[Any], pool: Executor | None = None) -> None:
+        for chunk in () if self._fill_absent else chunks_of(box, self.layout.chunks):
+            file = self._folder / self.layout.file_of(chunk)[0]
+            if not file.exists():
+                raise ChunkError(f"{file} is missing. {REMEDY}")
+        try:
+            values = self._array.oindex[tuple(cut if isinstance(cut, slice) else list(cut) for cut in box)]
+        except Exception as error:
+            raise ChunkError(f"{self._folder}: {error}. {REMEDY}") from error
+        cast(values, out, (...,), str(self._folder))
+
+
 def open_reader(store: Store, name: str, layout: ArrayLayout, fill_absent: bool = False) -> Reader:
     """The fastest reader for an array called `name` in a store."""
     if isinstance(store, LocalStore) and layout.native:
         return NativeReader(store.root / name, layout, fill_absent)
-    return TensorstoreReader(f"{store.url}/{name}", layout, fill_absent)
+    try:
+        return TensorstoreReader(f"{store.url}/{name}", layout, fill_absent)
+    except ChunkError:
+        if not isinstance(store, LocalStore):
+            raise
+        return ZarrReader(store.root / name, layout, fill_absent)

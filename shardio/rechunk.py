@@ -137,10 +137,9 @@ def run(prepared: Prepared, report: Callable[[Progress], None] = lambda _: None)
                 sync_folder(job.dataset / "data")
             _check_unchanged(prepared)
             output.finish_dataset(job.dataset, prepared.source, layout, written, _about(prepared))
-        except BaseException:
+            job.publish()
+        finally:
             job.close()
-            raise
-        job.publish()
     stored = sum(sum(date.nbytes) for date in written.values())
     count = len(written)
     return Result(str(destination), count - before, before, layout.grid[3], (count - before) * bytes_of_date, stored)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -238,12 +239,28 @@ class AnemoiSource:
     def _extra_names(self) -> list[str]:
         if not isinstance(self._store, LocalStore):
             return consolidated_names(self._store)
+        known = {"data", "dates", "latitudes", "longitudes", "shardio_crc32c", *NAMES}
+        return sorted(name for name, is_array in self._members.items() if is_array and name not in known)
+
+    @cached_property
+    def groups(self) -> dict[str, Json]:
+        """Attributes of the sub-groups, by name."""
+        if not isinstance(self._store, LocalStore):
+            return {}
+        return {name: group_attributes(self._store, name) for name, is_array in self._members.items() if not is_array}
+
+    @cached_property
+    def _members(self) -> dict[str, bool]:
+        """Whether each member is an array. What lies there counts: consolidated metadata may be older."""
         import zarr
 
-        known = {"data", "dates", "latitudes", "longitudes", "shardio_crc32c", *NAMES}
-        group = zarr.open_group(self.path, mode="r")
-        members = group.members(max_depth=None)
-        return sorted(name for name, member in members if isinstance(member, zarr.Array) and name not in known)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # files that are no part of the dataset
+                group = zarr.open_group(self.path, mode="r", use_consolidated=False)
+                return {name: isinstance(member, zarr.Array) for name, member in group.members(max_depth=None)}
+        except Exception as error:
+            raise DatasetError(f"the arrays of {self.path} cannot be listed: {error}") from error
 
     def _extra(self, name: str) -> Extra:
         attributes = group_attributes(self._store, name)
