@@ -21,7 +21,7 @@ from shardio.topology import Topology
 
 Json = dict[str, Any]
 ROUNDS = 5
-PREFETCH = 2
+PREFETCH = 3
 
 
 def measure(path: str, ranks: int, rounds: int = ROUNDS, most_dates: int = 16) -> Json:
@@ -93,7 +93,7 @@ def _iterate(loader: ShardedDataLoader, last: int, touch: bool) -> None:
 def _limit(reader: NativeReader, rows: list[int], chunks: range) -> Callable[[], None]:
     layout, codec = reader.layout, reader.layout.codec
     assert codec is not None
-    ring = np.zeros((PREFETCH + 1, len(chunks), *layout.chunks), layout.dtype)
+    ring = np.zeros((PREFETCH, len(chunks), *layout.chunks), layout.dtype)
     pool = ThreadPoolExecutor(os.cpu_count())
 
     def one(job: tuple[int, int, int]) -> None:
@@ -119,7 +119,7 @@ def _tensorstore(path: str, rows: list[int], cells: slice, zarr_format: int) -> 
         ahead: deque[Any] = deque()
         for row in rows:
             ahead.append(array[row, :, :, cells].read())
-            if len(ahead) > PREFETCH:
+            if len(ahead) >= PREFETCH:
                 ahead.popleft().result()
         while ahead:
             ahead.popleft().result()

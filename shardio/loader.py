@@ -159,7 +159,8 @@ class ShardedDataLoader:
       batch_size: samples per data group and step.
       input_steps, target_steps: dates of one sample.
       shuffle, seed, drop_last: see `ReadGroupSampler`.
-      prefetch: batches read ahead. At most prefetch + 2 batches are in memory, as long as the consumer keeps one.
+      prefetch: batches under way, counting the one that is handed out next. Never more than prefetch + 2 batches
+        are in memory, as long as the consumer keeps one.
       keep_batch_sharded: False gives every rank the whole field, the classical mode.
       group: process group of the model group. With it each chunk is read by one rank only, and ranks exchange cells
         where those read are not those owned; without it every rank reads all that it needs.
@@ -179,7 +180,7 @@ class ShardedDataLoader:
         shuffle: bool = True,
         seed: int = 0,
         drop_last: bool = False,
-        prefetch: int = 2,
+        prefetch: int = 3,
         keep_batch_sharded: bool = True,
         group: Any = None,
         device: torch.device | str | None = None,
@@ -207,7 +208,7 @@ class ShardedDataLoader:
         ahead: deque[tuple[Position, ShardedBatch]] = deque()
         try:
             while True:
-                while len(ahead) <= self.prefetch and (item := next(upcoming, None)) is not None:
+                while len(ahead) < self.prefetch and (item := next(upcoming, None)) is not None:
                     ahead.append((item[0], self._begin(item[1])))
                 if not ahead:
                     break

@@ -106,7 +106,7 @@ class ReadGroupSampler:
         After the last batch the position is the start of the next epoch, so that who stops there starts anew.
         """
         if self.drop_last and self.cursor + self.samples_per_step > len(self.starts):
-            self.next_epoch()  # resumed with larger batches: what is left fills none
+            self.epoch, self.cursor = self.epoch + 1, 0  # resumed with larger batches: what is left fills none
         order = self.order(self.epoch)
         cursor, needed = self.cursor, self.samples_per_step if self.drop_last else 1
         while cursor + needed <= len(order):

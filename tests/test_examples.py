@@ -1,0 +1,42 @@
+"""The examples of the documentation run, and do what they say."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from shardio.rechunk import Request, prepare, run
+from shardio.synthetic_source import SyntheticSource
+
+EXAMPLE = Path(__file__).parents[1] / "docs" / "examples" / "train_plain_torch.py"
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """o16 waves in 6 grid-chunks, 7 dates."""
+    path = str(tmp_path_factory.mktemp("example") / "waves.zarr")
+    run(prepare(Request("synthetic", path, 6, sync=False, opener=lambda: SyntheticSource("o16", 7))))
+    return path
+
+
+def losses(dataset: str, ranks: int) -> list[float]:
+    """What the example prints on so many ranks."""
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", str(EXAMPLE), dataset]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    return [float(value) for value in re.findall(r"loss ([\d.]+)", done.stdout)]
+
+
+def test_plain_torch_example_learns_the_same_on_one_two_and_four_ranks(dataset: str) -> None:
+    alone = losses(dataset, 1)
+    assert len(alone) == 6
+    assert alone[-1] < alone[0]
+    # Two ranks divide the 6 grid-chunks evenly; four share chunks and exchange cells.
+    for ranks in (2, 4):
+        assert losses(dataset, ranks) == pytest.approx(alone, rel=1e-5)
