@@ -156,6 +156,7 @@ class CFSource:
             itemsize,
             self._selected,
             self._places,
+            one_at_a_time=True,
         )
 
     def _attributes(self, attributes: Json) -> Json:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shlex
 import sys
 import time
@@ -14,37 +13,9 @@ import click
 
 from shardio import __version__
 from shardio.errors import ShardioError
+from shardio.parameters import ByteSize, Names
 
 Json = dict[str, Any]
-
-
-class ByteSize(click.ParamType[int]):
-    """4GiB, 500MB, 1073741824."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if isinstance(value, int):
-            return value
-        match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)(i?)B?\s*", str(value), re.IGNORECASE)
-        if not match:
-            self.fail(f"{value!r} is not a size. Write 4GiB, 500MB or a number of bytes.", param, ctx)
-        base = 1024 if match[3] else 1000
-        return int(float(match[1]) * base ** ["", "K", "M", "G", "T"].index(match[2].upper()))
-
-
-class Names(click.ParamType[tuple[str, ...]]):
-    """a,b,c."""
-
-    name = "names"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
-        if isinstance(value, tuple):
-            return value
-        names = tuple(name.strip() for name in value.split(",") if name.strip())
-        if not names:
-            self.fail("it names nothing. Write a,b,c, or leave the option out.", param, ctx)
-        return names
 
 
 class Commands(click.Group):
@@ -72,7 +43,7 @@ class Commands(click.Group):
 @click.version_option(__version__, prog_name="shardio")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def main(debug: bool) -> None:
-    r"""Weather datasets cut into grid-chunks, so that every rank reads only its cells.
+    """Weather datasets cut into grid-chunks, so that every rank reads only its cells.
 
     \b
     shardio synth waves.zarr --grid o96 --dates 40       make a dataset to try things on
@@ -109,7 +80,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print the re
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 @json_option
 def rechunk(source: str, destination: str, **options: Any) -> None:
-    r"""Cut every date of SOURCE into grid-chunks, and write DESTINATION (a path that ends in .zarr).
+    """Cut every date of SOURCE into grid-chunks, and write DESTINATION (a path that ends in .zarr).
 
     SOURCE is an anemoi dataset (Zarr v2 or v3), a NetCDF or GRIB file, a CF Zarr, or a quoted pattern of files.
     Run the same command again to continue after an interruption.
@@ -159,7 +130,7 @@ def rechunk(source: str, destination: str, **options: Any) -> None:
 @click.option("--fsync/--no-fsync", default=True, show_default=True, help="Survive power loss without redoing work.")
 @json_option
 def synth(destination: str, **options: Any) -> None:
-    r"""Write linear Rossby waves, an exact solution at every date: a dataset whose every value is known.
+    """Write linear Rossby waves, an exact solution at every date: a dataset whose every value is known.
 
     \b
     shardio synth waves.zarr --grid o96 --dates 40
@@ -190,7 +161,7 @@ def synth(destination: str, **options: Any) -> None:
 @click.option("--ranks", type=click.IntRange(min=1), help="Show what each of so many ranks would read.")
 @json_option
 def info(path: str, ranks: int | None, as_json: bool) -> None:
-    r"""Show layout, dates, variables, codec, files and statistics of a dataset.
+    """Show layout, dates, variables, codec, files and statistics of a dataset.
 
     \b
     shardio info era5-16.zarr --ranks 4
@@ -211,7 +182,7 @@ def info(path: str, ranks: int | None, as_json: bool) -> None:
 @click.option("--repair", is_flag=True, help="Write faulty chunks again from --source.")
 @json_option
 def verify(path: str, source: str | None, repair: bool, as_json: bool) -> None:
-    r"""Check the checksum of every chunk of PATH. Exit code 1 where anything is not as it was written.
+    """Check the checksum of every chunk of PATH. Exit code 1 where anything is not as it was written.
 
     \b
     shardio verify era5-16.zarr
@@ -220,6 +191,7 @@ def verify(path: str, source: str | None, repair: bool, as_json: bool) -> None:
     """
     from shardio import verify as checks
     from shardio.progress import display
+    from shardio.report import verdict
 
     if repair and not source:
         raise click.UsageError("--repair writes chunks again from the source: name it with --source.")
@@ -238,7 +210,7 @@ def verify(path: str, source: str | None, repair: bool, as_json: bool) -> None:
     else:
         for fault in faults:
             click.echo(fault)
-        click.echo(_verdict(path, source, len(faults), repaired))
+        click.echo(verdict(path, source, len(faults), repaired))
     sys.exit(1 if faults else 0)
 
 
@@ -248,7 +220,7 @@ def verify(path: str, source: str | None, repair: bool, as_json: bool) -> None:
 @click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Medians of so many rounds.")
 @json_option
 def bench(path: str, ranks: int, rounds: int, as_json: bool) -> None:
-    r"""Measure how fast one of M ranks gets its shard: loader, limit, tensorstore, whole date.
+    """Measure how fast one of M ranks gets its shard: loader, limit, tensorstore, whole date.
 
     \b
     shardio bench era5-16.zarr --ranks 4
@@ -268,7 +240,7 @@ def bench(path: str, ranks: int, rounds: int, as_json: bool) -> None:
 @click.option("--date", help="Which date. Default: the first.")
 @click.option("--output", "-o", default="grid-chunks.png", show_default=True, help="PNG to write.")
 def plot(path: str, variable: str, date: str | None, output: str) -> None:
-    r"""Draw one field and its grid-chunks.
+    """Draw one field and its grid-chunks.
 
     \b
     shardio plot era5-16.zarr --variable t_850 --date 2020-03-01T06:00 -o t.png
@@ -283,12 +255,13 @@ def _make(request: Any, dry_run: bool, as_json: bool) -> None:
     """Prepare, show the plan, run with progress, end with one fact."""
     from shardio.progress import display, duration, size
     from shardio.rechunk import Progress, prepare, run
+    from shardio.report import plan_as_json, plan_as_text
 
     prepared = prepare(request)
     if dry_run and as_json:
-        click.echo(json.dumps(_plan_as_json(prepared), indent=1))
+        click.echo(json.dumps(plan_as_json(prepared), indent=1))
         return
-    click.echo(_plan_as_text(prepared), err=not dry_run)
+    click.echo(plan_as_text(prepared), err=not dry_run)
     if dry_run:
         return
     began = time.monotonic()
@@ -310,57 +283,10 @@ def _make(request: Any, dry_run: bool, as_json: bool) -> None:
     )
 
 
-def _plan_as_json(prepared: Any) -> Json:
-    plan, layout = prepared.plan, prepared.layout
-    return {
-        "source": prepared.request.source,
-        "destination": prepared.request.destination,
-        "shape": list(layout.shape),
-        "chunks": list(layout.chunks),
-        "zarr_format": layout.zarr_format,
-        "codec": str(layout.codec),
-        "tasks": len(plan.tasks),
-        "pieces_per_task": len(plan.pieces),
-        "bytes_needed": plan.bytes_needed,
-        "bytes_read": plan.bytes_read,
-        "read_amplification": plan.amplification,
-        "bytes_written": plan.bytes_written,
-        "peak_memory": plan.peak_memory,
-        "workers": plan.workers,
-        "threads": plan.threads,
-        "tasks_in_flight": plan.in_flight,
-        "reason": plan.reason,
-    }
-
-
-def _plan_as_text(prepared: Any) -> str:
-    from shardio.progress import size
-
-    plan, layout = prepared.plan, prepared.layout
-    dates, variables, ensemble, cells = layout.shape
-    lines = [
-        f"plan: {dates} dates, {variables} variables, {ensemble} members, {cells} cells "
-        f"-> {layout.grid[3]} grid-chunks of {layout.chunks[3]} cells, Zarr v{layout.zarr_format}, {layout.codec}",
-        f"  {len(plan.tasks)} tasks in {len(plan.pieces)} pieces each; {plan.workers} process(es) "
-        f"x {plan.threads} threads, {plan.in_flight} tasks in flight",
-        f"  read {size(plan.bytes_read)} (amplification {plan.amplification:.2f}), "
-        f"write {size(plan.bytes_written)} before compression, memory at most {size(plan.peak_memory)}",
-    ]
-    return "\n".join([*lines, f"  amplified because {plan.reason}"] if plan.reason else lines)
-
-
 def _dates_of(path: str) -> int:
     from shardio.verify import Stored
 
     return Stored(path).layout.shape[0]
-
-
-def _verdict(path: str, source: str | None, faults: int, repaired: int) -> str:
-    fixed = f"{repaired} date(s) repaired; " if repaired else ""
-    if faults:
-        return f"{fixed}{path}: {faults} fault(s). Repair chunks with: shardio verify {path} --source SOURCE --repair"
-    equal = f" and every value equals {source}" if source else ""
-    return f"{fixed}{path}: all checksums match{equal}"
 
 
 if __name__ == "__main__":

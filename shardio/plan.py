@@ -35,6 +35,7 @@ class SourceExtent:
       itemsize: bytes of one stored value.
       dates: the dates wanted.
       variables: indices of the variables wanted.
+      one_at_a_time: a task reads its source chunks one after the other, not on all threads.
     """
 
     shape: tuple[int, int, int, int]
@@ -42,6 +43,7 @@ class SourceExtent:
     itemsize: int
     dates: range
     variables: tuple[int, ...]
+    one_at_a_time: bool = False
 
 
 @dataclass(frozen=True)
@@ -144,15 +146,17 @@ def _cuts(source: SourceExtent, target: ArrayLayout, threads: int, best_overlap:
     for block, chunks, in_flight in product(dates, cells, range(best_overlap, 0, -1)):
         if chunks < target.grid[3] and target.zarr_shards and block > max(1, MOST_OPEN_FILES // in_flight):
             continue
-        memory = in_flight * (block * chunks * target.chunk_bytes + waiting) + threads * _scratch(source, target)
+        readers = in_flight if source.one_at_a_time else threads
+        memory = in_flight * (block * chunks * target.chunk_bytes + waiting)
+        memory += readers * _source_scratch(source, target) + threads * 2 * target.chunk_bytes
         yield _Cut(block, chunks, in_flight, dates[block] * cells[chunks] * values, memory)
 
 
-def _scratch(source: SourceExtent, target: ArrayLayout) -> int:
-    """Bytes per thread: a source chunk as stored and decoded, a grid-chunk gathered and encoded."""
+def _source_scratch(source: SourceExtent, target: ArrayLayout) -> int:
+    """Bytes per reading thread: a source chunk as stored and decoded. A writing one holds two grid-chunks."""
     source_chunk = math.prod(source.chunks) * source.itemsize
     whole_date = source.chunks == (1, *target.shape[1:]) and source.itemsize == np.dtype(target.dtype).itemsize
-    return source_chunk * (1 if whole_date else 2) + 2 * target.chunk_bytes
+    return source_chunk * (1 if whole_date else 2)
 
 
 def _dates_read(source: SourceExtent, block: int) -> int:
