@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from shardio.errors import DatasetError, SelectionError
 
+_WRITTEN = re.compile(r"\d{4}(-\d\d(-\d\d([T ]\d\d(:\d\d(:\d\d)?)?)?)?)?Z?")
 Dates = NDArray[np.datetime64]
 
 
@@ -30,9 +31,9 @@ def parse_end(text: str) -> np.datetime64:
 
 def _parse(text: str) -> Any:
     try:
-        value: Any = np.datetime64(str(text).strip().removesuffix("Z"))
-        if np.isnat(value) or np.datetime_data(value.dtype)[0] not in ("Y", "M", "D", "h", "m", "s"):
+        if not _WRITTEN.fullmatch(str(text).strip()):
             raise ValueError("not a calendar date")
+        value: Any = np.datetime64(str(text).strip().removesuffix("Z"))
     except ValueError as error:
         raise SelectionError(
             f"{text!r} is not a date ({error}). Write 2020, 2020-03, 2020-03-01 or 2020-03-01T06:00."

@@ -130,12 +130,29 @@ class ArrayLayout:
 def parse(metadata: Json, where: str) -> ArrayLayout:
     """The layout that a `.zarray` or an array's `zarr.json` describes; DatasetError where it is neither."""
     try:
-        return _parse_v2(metadata) if metadata["zarr_format"] == 2 else _parse_v3(metadata)
+        return _checked(_parse_v2(metadata) if metadata["zarr_format"] == 2 else _parse_v3(metadata))
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise DatasetError(
             f"{where} is not valid Zarr metadata ({type(error).__name__}: {error}). "
             "Restore it from a copy, or make the dataset again."
         ) from error
+
+
+def _checked(layout: ArrayLayout) -> ArrayLayout:
+    extents = (layout.shape, layout.chunks, layout.zarr_shards or layout.chunks)
+    if not all(type(n) is int for extent in extents for n in extent):
+        raise ValueError("shape and chunks have to be lists of integers")
+    if len({len(extent) for extent in extents}) > 1:
+        raise ValueError(f"shape {list(layout.shape)} and chunks {list(layout.chunks)} differ in length")
+    if min((*layout.chunks, *layout.shape, 1)) < 0 or 0 in layout.chunks:
+        raise ValueError("a shape or chunk is too small")
+    if any(shard % chunk or not shard for chunk, shard in zip(*extents[1:], strict=True)):
+        raise ValueError("the chunks do not divide the Zarr shards")
+    if layout.separator not in (".", "/") or layout.order not in ("C", "F"):
+        raise ValueError(f"separator {layout.separator!r} or order {layout.order!r} is unknown")
+    if np.dtype(layout.dtype).kind in "fiu" and not isinstance(layout.fill_value, int | float | np.number | None):
+        raise ValueError(f"fill value {layout.fill_value!r} is not a number")
+    return layout
 
 
 def _parse_v2(metadata: Json) -> ArrayLayout:

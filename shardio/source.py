@@ -102,7 +102,8 @@ def open_source(path: str | os.PathLike[str], selection: Selection = Selection()
     if isinstance(store, LocalStore) and not store.root.exists() and not any(c in text for c in "*?["):
         raise DatasetError(f"{text} does not exist. Check the path.")
     metadata = array_metadata(store, "data")
-    if metadata is not None and len(metadata.get("shape", ())) == 4:
+    shape = None if metadata is None else metadata.get("shape")
+    if metadata is not None and (not isinstance(shape, list) or len(shape) == 4):
         return AnemoiSource(store, selection, fill_absent)
     if text.startswith(REMOTE):
         raise DatasetError(f"{text} has no array `data` of 4 dimensions: it is not an anemoi dataset.")
@@ -120,7 +121,10 @@ def group_attributes(store: Store, name: str = "") -> Json:
     """Attributes of a group or array in either Zarr format."""
     prefix = f"{name}/" if name else ""
     v3 = read_json(store, f"{prefix}zarr.json")
-    return v3.get("attributes", {}) if v3 is not None else read_json(store, f"{prefix}.zattrs") or {}
+    found = v3.get("attributes", {}) if v3 is not None else read_json(store, f"{prefix}.zattrs") or {}
+    if not isinstance(found, dict):
+        raise DatasetError(f"the attributes of {store.url}/{name} are not a JSON object. Restore them from a copy.")
+    return found
 
 
 class AnemoiSource:
@@ -141,8 +145,7 @@ class AnemoiSource:
         self._variables = selection.variables(names, self.path)
         self.variables = tuple(names[i] for i in self._variables)
         self.dates = every_date[self._dates.start : self._dates.stop]
-        missing = np.array(self.attributes.get("missing_dates", []), "datetime64[s]")
-        self.missing = self.dates[np.isin(self.dates, missing)]
+        self.missing = self.dates[np.isin(self.dates, self._listed_missing())]
         cells = self.layout.shape[3]
         self.latitudes = self._required("latitudes", cells).astype(np.float64)
         self.longitudes = self._required("longitudes", cells).astype(np.float64)
@@ -201,12 +204,26 @@ class AnemoiSource:
 
     def _variable_names(self) -> list[str]:
         names = self.attributes.get("variables")
-        if not isinstance(names, list) or len(names) != self.layout.shape[1]:
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise DatasetError(
-                f"{self.path}: the attribute `variables` names {len(names or [])} variables, `data` has "
+                f"{self.path} has no list of names as its attribute `variables`: it is no anemoi dataset."
+            )
+        if len(set(names)) != len(names) or len(names) != self.layout.shape[1]:
+            raise DatasetError(
+                f"{self.path}: the attribute `variables` names {len(set(names))} different variables, `data` has "
                 f"{self.layout.shape[1]}. Restore the attributes from a copy."
             )
+        if not isinstance(self.attributes.get("variables_metadata", {}), dict):
+            raise DatasetError(f"{self.path}: the attribute `variables_metadata` is not a JSON object. Correct it.")
         return names
+
+    def _listed_missing(self) -> Dates:
+        try:
+            return np.array(self.attributes.get("missing_dates", []), "datetime64[s]")
+        except (TypeError, ValueError) as error:
+            raise DatasetError(
+                f"{self.path}: the attribute `missing_dates` is not a list of dates: {error}."
+            ) from error
 
     def array(self, name: str) -> NDArray[Any] | None:
         """All values of one of the small arrays; None where there is no such array."""
