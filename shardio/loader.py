@@ -7,7 +7,6 @@ import os
 import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -16,13 +15,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from shardio.dataset import Dataset, ReadCostWarning
-from shardio.errors import ShardioError
+from shardio.errors import SelectionError, ShardioError
 from shardio.partition import Partition, partition
 from shardio.reader import NativeReader
 from shardio.reading import Reading, within
-from shardio.redistribute import redistribute
+from shardio.redistribute import check_group, redistribute
 from shardio.ring import Lease, Piece, Recycler, Ring
 from shardio.sampler import Position, ReadGroupSampler, Sample, valid_starts
+from shardio.threads import Threads
 from shardio.topology import Topology
 
 MOST_LOCAL_THREADS = 8
@@ -127,11 +127,6 @@ class ShardedBatch:
         """Give the buffers back early; views that are still held keep theirs."""
         self._leases = None
 
-    def cancel(self) -> None:
-        """Drop reads that have not begun."""
-        for lease in self._leases or ():
-            lease.cancel()
-
     def _is_one_piece(self) -> bool:
         pieces = self.pieces
         return len(pieces) == 1 and len(pieces[0]) == 1 and pieces[0][0].places == slice(0, self.shape[-1])
@@ -187,21 +182,29 @@ class ShardedDataLoader:
         threads: int | None = None,
         verify: bool = False,
     ):
+        for name, value, least in (("input_steps", input_steps, 1), ("target_steps", target_steps, 0)):
+            if value < least:
+                raise SelectionError(f"{name} is {value}. Use {least} or more.")
+        if prefetch < 1:
+            raise SelectionError(f"prefetch is {prefetch}. Use 1 (no reading ahead) or more.")
         self.dataset, self.topology = dataset, topology or Topology()
         self.steps, self.prefetch, self.group = input_steps + target_steps, prefetch, group
         self.device = None if device is None else torch.device(device)
-        starts = valid_starts(dataset.dates, dataset.is_missing, self.steps)
+        if group is not None:
+            check_group(group, self.topology)
+        starts = valid_starts(dataset.dates, dataset.is_missing, self.steps, dataset.step)
         self.sampler = ReadGroupSampler(starts, self.topology, batch_size, shuffle, seed, drop_last)
         owners = partition(dataset.shape[3], self.topology.model_size, dataset.chunk_cells)
         self.reading = Reading(owners, self.topology, shared=group is not None, whole=not keep_batch_sharded)
         _tell_cost(self.reading)
-        self._pool = ThreadPoolExecutor(threads or _threads(dataset), "shardio-read")
+        self._pool = Threads(threads or _threads(dataset), "shardio-read")
         self._memory = Recycler()
-        self._ring = Ring(dataset, self.reading, self._pool, verify, pin=torch.cuda.is_available())
+        spare = (prefetch + 2) * batch_size * self.steps
+        self._ring = Ring(dataset, self.reading, self._pool, verify, torch.cuda.is_available(), spare)
 
     def __len__(self) -> int:
         """Batches of a whole epoch."""
-        return len(self.sampler)
+        return self.sampler.batches_per_epoch
 
     def __iter__(self) -> Iterator[ShardedBatch]:
         upcoming = self.sampler.upcoming()
@@ -220,8 +223,8 @@ class ShardedDataLoader:
                 yield batch
                 del batch
         finally:
-            for _, batch in ahead:
-                batch.cancel()
+            ahead.clear()
+            self._ring.collect()
 
     def state_dict(self) -> dict[str, Any]:
         """The exact position after the last batch handed out."""
@@ -256,16 +259,23 @@ def _threads(dataset: Dataset) -> int:
     if any(not isinstance(part.source.reader, NativeReader) for part in dataset.parts):
         return REMOTE_THREADS
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, min(MOST_LOCAL_THREADS, (os.cpu_count() or 1) // ranks_here))
+    return max(1, min(MOST_LOCAL_THREADS, len(os.sched_getaffinity(0)) // ranks_here))
 
 
 def _tell_cost(reading: Reading) -> None:
     amplification = reading.read_amplification
     if amplification > 1.01:
         warnings.warn(
-            f"{reading.topology.model_size} ranks read {amplification:.2f} x the bytes of each date: "
-            f"{reading.grid_chunks} grid-chunks do not divide into their shards. Give the loader the process group of "
-            "the model group (group=...), or rechunk to a multiple of the ranks.",
+            f"{reading.topology.model_size} ranks read {amplification:.2f} x the bytes of each date: {_why(reading)}",
             ReadCostWarning,
             stacklevel=3,
         )
+
+
+def _why(reading: Reading) -> str:
+    if reading.whole:
+        return "every rank reads all cells. Give the loader the process group of the model group (group=...)."
+    return (
+        f"{reading.grid_chunks} grid-chunks do not divide into their shards. Give the loader the process group of "
+        "the model group (group=...), or rechunk to a multiple of the ranks."
+    )

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from shardio.errors import TopologyError
 from shardio.reading import Reading, meet, within
+from shardio.topology import Topology
 
 if TYPE_CHECKING:
     from shardio.loader import ShardedBatch
@@ -29,15 +30,10 @@ def redistribute(batch: ShardedBatch, group: Any, device: torch.device | str | N
       [batch, time, ensemble, cells/M, variables]; all cells where keep_batch_sharded is false.
 
     Raises:
-      TopologyError if `group` has not M ranks.
+      TopologyError if `group` is not the model group.
     """
-    reading = batch.reading
-    size = reading.topology.model_size
-    if dist.get_world_size(group) != size:
-        raise TopologyError(
-            f"the process group has {dist.get_world_size(group)} ranks, the model group {size}. Give the loader a "
-            "group of exactly the ranks in topology.model_ranks."
-        )
+    check_group(group, batch.reading.topology)
+    size = batch.reading.topology.model_size
     device = torch.device("cpu" if device is None else device)
     per_cell = batch.shape[4] * batch.shape[2]
     me = dist.get_rank(group)
@@ -48,6 +44,19 @@ def redistribute(batch: ShardedBatch, group: Any, device: torch.device | str | N
     incoming = torch.empty(sum(received), device=device)
     dist.all_to_all_single(incoming, outgoing, received, sent, group=group)
     return _unpack(batch, me, incoming)
+
+
+def check_group(group: Any, topology: Topology) -> None:
+    """TopologyError unless `group` is the model group: another one would mix cells of different samples."""
+    ranks = dist.get_process_group_ranks(group)
+    ours = list(topology.model_ranks)
+    # In a world that is not the one of the topology, size and place are all there is to compare.
+    comparable = dist.get_world_size() == topology.world_size
+    if len(ranks) != len(ours) or dist.get_rank(group) != topology.model_rank or (comparable and ranks != ours):
+        raise TopologyError(
+            f"the process group holds ranks {ranks}, the model group of rank {topology.rank} is {ours}. Give the "
+            "loader dist.new_group of exactly these."
+        )
 
 
 def _transfers(batch: ShardedBatch, source: int, target: int) -> Iterator[tuple[int, int, slice]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import threading
 import weakref
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Executor, Future
 from dataclasses import dataclass, field, replace
@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from shardio.dataset import Dataset, Part
+from shardio.dataset import Dataset
 from shardio.errors import ChunkError
+from shardio.join import Part
 from shardio.output import CHECKSUMS
 from shardio.reader import NativeReader
 from shardio.reading import Reading, within
@@ -63,9 +64,12 @@ class Slot:
     date: int
     reads: list[Future[None]] = field(default_factory=list)
     users: int = 0
+    copied: torch.cuda.Event | None = None
 
     def settled(self) -> bool:
-        return all(read.done() for read in self.reads)
+        """Whether neither a read nor a copy to the device is under way."""
+        copied = self.copied is None or bool(self.copied.query())  # type: ignore[no-untyped-call]
+        return copied and all(read.done() for read in self.reads)
 
     def intact(self) -> bool:
         return not any(read.done() and (read.cancelled() or read.exception()) for read in self.reads)
@@ -89,11 +93,6 @@ class Lease:
             except CancelledError as error:
                 raise ChunkError("the read was cancelled: the loader was closed. Make a new iterator.") from error
 
-    def cancel(self) -> None:
-        """Drop reads that have not begun."""
-        for read in self._slot.reads:
-            read.cancel()
-
     def pieces(self) -> list[Piece]:
         """Views of the buffer, by chunk."""
         return [
@@ -110,13 +109,14 @@ class Lease:
 class Recycler:
     """Tensors whose memory is used again when nobody looks at them any more."""
 
-    def __init__(self) -> None:
-        self._free: list[torch.Tensor] = []
+    def __init__(self, spare: int = 2) -> None:
+        """`spare`: most that are kept although nobody looks at them."""
+        self._free: deque[torch.Tensor] = deque(maxlen=spare)
 
     def take(self, length: int) -> torch.Tensor:
         """A float32 tensor of `length` values, not initialised."""
         try:
-            memory = self._free.pop()
+            memory = self._free.popleft()
         except IndexError:
             memory = torch.empty(length)
         if memory.numel() != length:
@@ -129,49 +129,85 @@ class Recycler:
 class Ring:
     """Buffers of dates. `lease(date)` begins to read a date, or finds it already there."""
 
-    def __init__(self, dataset: Dataset, reading: Reading, pool: Executor, verify: bool = False, pin: bool = False):
-        self._dataset, self._reading, self._pool, self._pin = dataset, reading, pool, pin
-        self._lock = threading.RLock()  # a lease may end in the middle of anything, by garbage collection
+    def __init__(
+        self,
+        dataset: Dataset,
+        reading: Reading,
+        pool: Executor,
+        verify: bool = False,
+        pin: bool = False,
+        spare: int | None = None,
+    ):
+        """`spare`: most buffers that are kept although nobody looks at them."""
+        self._dataset, self._reading, self._pool, self._pin, self._spare = dataset, reading, pool, pin, spare
+        self._lock = threading.Lock()
+        # A lease ends by garbage collection, on any thread, in the middle of anything: that only appends here.
+        self._returned: deque[Slot] = deque()
         self._free: OrderedDict[int, Slot] = OrderedDict()
         self._busy: dict[int, Slot] = {}
-        self._layouts: dict[range, tuple[list[list[_Place]], int]] = {}
+        self._layouts: dict[range, list[list[_Place]]] = {}
+        self._longest = 0
+        for turn in range(reading.topology.model_size):  # dates beyond that repeat
+            self._longest = max(self._longest, self._add_layout(reading.chunks_read(turn, reading.topology.model_rank)))
         self._checksums = {id(part): _checksums(part) for part in dataset.parts} if verify else {}
 
     def lease(self, date: int) -> Lease:
         chunks = self._reading.chunks_read(date, self._reading.topology.model_rank)
-        places, length = self._places(chunks, date)
+        places = self._places(chunks, date)
         with self._lock:
+            self._collect()
             slot = self._busy.get(date) or self._free.pop(date, None)
             if slot is None or not slot.intact():
-                slot = self._claim(length)
+                slot = self._claim(self._longest if places else 0)
                 slot.date = date
                 slot.reads = [self._pool.submit(self._fill, slot.buffer, place, date) for place in places]
             slot.users += 1
             self._busy[date] = slot
-        return Lease(slot, places, self._release)
+        return Lease(slot, places, self._returned.append)
+
+    def collect(self) -> None:
+        """Take back the buffers that nobody looks at any more; reads into them that have not begun are dropped."""
+        with self._lock:
+            self._collect()
+
+    @property
+    def buffers(self) -> int:
+        """Buffers in memory, in use or spare."""
+        with self._lock:
+            self._collect()
+            return len(self._busy) + len(self._free)
+
+    def _collect(self) -> None:
+        while self._returned:
+            slot = self._returned.popleft()
+            slot.users -= 1
+            if slot.users:
+                continue
+            for read in slot.reads:
+                read.cancel()
+            if self._pin:  # its last user may have begun a copy that has not finished
+                slot.copied = torch.cuda.current_stream().record_event()
+            if self._busy.get(slot.date) is slot:
+                del self._busy[slot.date]
+            self._free[slot.date if slot.intact() else -1 - id(slot)] = slot
+        while self._spare is not None and len(self._free) > self._spare:
+            self._free.popitem(last=False)
 
     def _claim(self, length: int) -> Slot:
         """The buffer that is free for the longest time, else a new one: what is looked at is never overwritten."""
         for date, slot in self._free.items():
-            if slot.settled() and slot.buffer.numel() >= length:
+            if slot.settled() and slot.buffer.numel() == length:
                 return self._free.pop(date)
         return Slot(torch.empty(length, dtype=torch.float32, pin_memory=self._pin), -1)
 
-    def _release(self, slot: Slot) -> None:
-        with self._lock:
-            slot.users -= 1
-            if slot.users == 0:
-                if self._busy.get(slot.date) is slot:
-                    del self._busy[slot.date]
-                self._free[slot.date if slot.intact() else -1 - id(slot)] = slot
+    def _add_layout(self, chunks: range) -> int:
+        """Where each chunk goes, the same for all dates that a part covers; returns the length of the buffer."""
+        self._layouts[chunks], length = _layout(self._dataset.parts, chunks, self._reading)
+        return length
 
-    def _places(self, chunks: range, date: int) -> tuple[list[_Place], int]:
-        """Where each chunk goes; the same for all dates that a part covers, so computed once."""
-        if chunks not in self._layouts:
-            self._layouts[chunks] = _layout(self._dataset.parts, chunks, self._reading)
-        by_part, length = self._layouts[chunks]
-        parts = zip(self._dataset.parts, by_part, strict=True)
-        return list(itertools.chain.from_iterable(places for part, places in parts if part.rows[date] >= 0)), length
+    def _places(self, chunks: range, date: int) -> list[_Place]:
+        parts = zip(self._dataset.parts, self._layouts[chunks], strict=True)
+        return list(itertools.chain.from_iterable(places for part, places in parts if part.rows[date] >= 0))
 
     def _fill(self, buffer: torch.Tensor, place: _Place, date: int) -> None:
         size = int(np.prod(place.shape))
@@ -199,9 +235,11 @@ class Ring:
 def _layout(parts: Sequence[Part], chunks: range, reading: Reading) -> tuple[list[list[_Place]], int]:
     rank = reading.topology.model_rank
     by_part: list[list[_Place]] = []
-    longest = 0
-    offset = 0
+    length = 0
+    # Parts that are concatenated in time have no date in common, so they use the same place.
+    in_time = len({part.places for part in parts}) == 1
     for part in parts:
+        offset = 0 if in_time else length
         layout = part.source.layout
         direct = (
             isinstance(part.source.reader, NativeReader)
@@ -222,8 +260,8 @@ def _layout(parts: Sequence[Part], chunks: range, reading: Reading) -> tuple[lis
             places.append(_Place(part, chunk, cells, offset, shape, view, direct))
             offset += -(-int(np.prod(shape)) * 4 // ALIGNMENT) * ALIGNMENT // 4
         by_part.append(places)
-        longest = max(longest, offset)
-    return by_part, longest
+        length = max(length, offset)
+    return by_part, length
 
 
 def _checksums(part: Part) -> NDArray[np.uint32]:

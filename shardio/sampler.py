@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from shardio.dates import frequency_seconds
 from shardio.errors import SelectionError
 from shardio.topology import Topology
 
@@ -32,12 +33,14 @@ class Sample:
     padding: bool
 
 
-def valid_starts(dates: NDArray[np.datetime64], missing: NDArray[np.bool_], steps: int) -> NDArray[np.int64]:
-    """First dates of all windows of `steps` dates without a missing date or a gap in time."""
+def valid_starts(
+    dates: NDArray[np.datetime64], missing: NDArray[np.bool_], steps: int, step: int | None = None
+) -> NDArray[np.int64]:
+    """First dates of all windows of `steps` dates, `step` seconds apart (default: the commonest) and none missing."""
     if len(dates) < steps:
         return np.empty(0, np.int64)
-    gaps = np.diff(dates)
-    step = gaps.min() if len(gaps) else np.timedelta64(0, "s")
+    gaps = np.diff(dates).astype("timedelta64[s]").astype(np.int64)
+    step = frequency_seconds(dates) if step is None else step
     broken = np.concatenate([[0], np.cumsum(gaps != step)])
     absent = np.concatenate([[0], np.cumsum(missing)])
     starts = np.arange(len(dates) - steps + 1)
@@ -49,9 +52,12 @@ def valid_starts(dates: NDArray[np.datetime64], missing: NDArray[np.bool_], step
 class ReadGroupSampler:
     """Samples of this rank's data group; all ranks of a model group get the same ones.
 
-    Iterate over it for single samples (`sampler=` of a torch DataLoader), over `batches()` for lists of them
-    (`batch_sampler=`). At the end of an epoch, samples that fill no batch in every data group are dropped
-    (`drop_last=True`) or the batch is filled up with the first samples of the epoch, marked as padding.
+    Iterate over it for the first dates of single samples (`sampler=` of a torch DataLoader), over
+    `as_batch_sampler()` for lists of them (`batch_sampler=`), over `batches()` for lists of `Sample`. At the end of
+    an epoch, samples that fill no batch in every data group are dropped (`drop_last=True`) or the batch is filled up
+    with the first samples of the epoch, marked as padding.
+
+    The position is that of the samples taken: a DataLoader with worker processes takes them ahead of its consumer.
     """
 
     def __init__(
@@ -90,6 +96,11 @@ class ReadGroupSampler:
         return len(self.starts) % self.samples_per_step if self.drop_last else 0
 
     def __len__(self) -> int:
+        """Samples of this data group in a whole epoch, padding included."""
+        return self.batches_per_epoch * self.batch_size
+
+    @property
+    def batches_per_epoch(self) -> int:
         """Batches of this data group in a whole epoch."""
         whole, rest = divmod(len(self.starts), self.samples_per_step)
         return whole + (rest > 0 and not self.drop_last)
@@ -105,18 +116,19 @@ class ReadGroupSampler:
 
         After the last batch the position is the start of the next epoch, so that who stops there starts anew.
         """
-        if self.drop_last and self.cursor + self.samples_per_step > len(self.starts):
-            self.epoch, self.cursor = self.epoch + 1, 0  # resumed with larger batches: what is left fills none
-        order = self.order(self.epoch)
-        cursor, needed = self.cursor, self.samples_per_step if self.drop_last else 1
+        needed = self.samples_per_step if self.drop_last else 1
+        if self.cursor + needed > len(self.starts):  # nothing but padding is left, or less than these larger batches
+            self._tell_dropped(self.cursor)
+            self.epoch, self.cursor = self.epoch + 1, 0
+        order, cursor = self.order(self.epoch), self.cursor
         while cursor + needed <= len(order):
             positions = np.arange(cursor, cursor + self.samples_per_step)
             mine = positions[positions % self.topology.data_size == self.topology.data_rank]
             batch = [Sample(int(order[k % len(order)]), bool(k >= len(order))) for k in mine]
             cursor += self.samples_per_step
             last = cursor + needed > len(order)
-            if last and cursor < len(order):
-                logger.info("%d samples of epoch %d fill no batch and are dropped", len(order) - cursor, self.epoch)
+            if last:
+                self._tell_dropped(cursor)
             yield (self.epoch + 1, 0) if last else (self.epoch, cursor), batch
 
     def batches(self) -> Iterator[list[Sample]]:
@@ -126,9 +138,22 @@ class ReadGroupSampler:
             yield batch
 
     def __iter__(self) -> Iterator[int]:
-        """Starts of single samples."""
-        for batch in self.batches():
-            yield from (sample.start for sample in batch)
+        """First dates of single samples; the position follows sample by sample."""
+        for position, batch in self.upcoming():
+            for i, sample in enumerate(batch, 1):
+                if i == len(batch):
+                    self.epoch, self.cursor = position
+                else:
+                    self.cursor += self.topology.data_size
+                yield sample.start
+
+    def as_batch_sampler(self) -> BatchSampler:
+        """What a torch DataLoader takes as `batch_sampler=`."""
+        return BatchSampler(self)
+
+    def _tell_dropped(self, cursor: int) -> None:
+        if cursor < len(self.starts):
+            logger.info("%d samples of epoch %d fill no batch and are dropped", len(self.starts) - cursor, self.epoch)
 
     def set_epoch(self, epoch: int) -> None:
         """Go to the start of an epoch; where that is the present one, stay at the cursor."""
@@ -137,15 +162,33 @@ class ReadGroupSampler:
 
     def state_dict(self) -> dict[str, Any]:
         """The exact position: plain numbers, valid under every topology and batch size."""
-        return {"seed": self.seed, "epoch": self.epoch, "cursor": self.cursor, "samples": len(self.starts)}
+        return {**self._run, "epoch": self.epoch, "cursor": self.cursor}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state`; SelectionError where it belongs to other samples or another seed."""
-        here = {"seed": self.seed, "samples": len(self.starts)}
-        different = {key: (state[key], value) for key, value in here.items() if state[key] != value}
+        different = {key: (state[key], value) for key, value in self._run.items() if state[key] != value}
         if different:
             detail = ", ".join(f"{key} was {was}, now {now}" for key, (was, now) in different.items())
             raise SelectionError(
                 f"this state belongs to another run: {detail}. Open the same dates with the same seed."
             )
         self.epoch, self.cursor = int(state["epoch"]), int(state["cursor"])
+
+    @property
+    def _run(self) -> dict[str, Any]:
+        """All that the order depends on."""
+        return {"seed": self.seed, "shuffle": self.shuffle, "samples": len(self.starts)}
+
+
+@dataclass(frozen=True)
+class BatchSampler:
+    """Lists of first dates, one batch each; the position of `sampler` follows."""
+
+    sampler: ReadGroupSampler
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in self.sampler.batches():
+            yield [sample.start for sample in batch]
+
+    def __len__(self) -> int:
+        return self.sampler.batches_per_epoch

@@ -40,12 +40,7 @@ class Topology:
             raise TopologyError(f"rank {self.rank} is not in a world of {self.world_size}. Ranks count from 0.")
         _divides("num_gpus_per_model", self.model_size, "the world size", self.world_size)
         _divides("read_group_size", self.read_size, "num_gpus_per_model", self.model_size)
-        _divides("num_gpus_per_ensemble", self.ensemble_size, "the world size", self.world_size)
-        if self.ensemble_size % self.model_size:
-            raise TopologyError(
-                f"num_gpus_per_ensemble {self.ensemble_size} is not a multiple of num_gpus_per_model "
-                f"{self.model_size}. Use {self.model_size} times 1, 2, 3, ..."
-            )
+        _divides("num_gpus_per_ensemble", self.ensemble_size, "the world size", self.world_size, self.model_size)
 
     @classmethod
     def from_environment(
@@ -149,7 +144,9 @@ def _positive(topology: Topology) -> None:
         raise TopologyError(f"rank is {topology.rank}. Ranks count from 0.")
 
 
-def _divides(part_name: str, part: int, whole_name: str, whole: int) -> None:
-    if whole % part:
-        choices = ", ".join(map(str, divisors(whole)))
-        raise TopologyError(f"{part_name} {part} does not divide {whole_name} {whole}. Use one of: {choices}.")
+def _divides(part_name: str, part: int, whole_name: str, whole: int, of: int = 1) -> None:
+    """TopologyError unless `part` divides `whole` and is a multiple of `of`, the size of a model group."""
+    if whole % part or part % of:
+        wrong = f"does not divide {whole_name} {whole}" if whole % part else f"is not a multiple of {of} (one model)"
+        choices = ", ".join(str(choice) for choice in divisors(whole) if choice % of == 0)
+        raise TopologyError(f"{part_name} {part} {wrong}. Use one of: {choices}.")

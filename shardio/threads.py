@@ -1,0 +1,86 @@
+"""Threads that read. They are daemons: a read that hangs in a file system or network never keeps Python from ending."""
+
+from __future__ import annotations
+
+import atexit
+import threading
+import weakref
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
+from contextlib import suppress
+from queue import Empty, SimpleQueue
+from typing import Any, ParamSpec, TypeVar
+
+from shardio.errors import ShardioError
+
+P = ParamSpec("P")
+T = TypeVar("T")
+SECONDS_TO_END = 1.0
+
+Work = SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]
+
+
+class Threads(Executor):
+    """An executor whose threads begin with the first work and end with the executor."""
+
+    def __init__(self, count: int, name: str):
+        self._count, self._name, self._closed = count, name, False
+        self._work: Work = SimpleQueue()
+        self._threads: list[threading.Thread] = []
+        weakref.finalize(self, _end, self._work, count).atexit = False
+        _alive.add(self)
+
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        if self._closed:
+            raise ShardioError("the loader was closed. Make a new one.")
+        if not self._threads:
+            names = (f"{self._name}-{i}" for i in range(self._count))
+            self._threads = [threading.Thread(target=_run, args=(self._work,), name=n, daemon=True) for n in names]
+            for thread in self._threads:
+                thread.start()
+        future: Future[T] = Future()
+        self._work.put((future, lambda: fn(*args, **kwargs)))
+        return future
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """End the threads; work that has not begun is cancelled, whatever `cancel_futures` says."""
+        self._closed = True
+        _end(self._work, self._count)
+        for thread in self._threads if wait else ():
+            thread.join()
+
+    def join(self, seconds: float) -> None:
+        """Wait for the threads, not longer than `seconds`."""
+        for thread in self._threads:
+            thread.join(seconds / self._count)
+
+
+def _run(work: Work) -> None:
+    while (item := work.get()) is not None:
+        future, call = item
+        if future.set_running_or_notify_cancel():
+            try:
+                future.set_result(call())
+            except BaseException as error:
+                future.set_exception(error)
+        del item, future, call  # what was read may be given up while this thread waits
+
+
+def _end(work: Work, count: int) -> None:
+    with suppress(Empty):
+        while True:
+            if (item := work.get_nowait()) is not None:
+                item[0].cancel()
+    for _ in range(count):
+        work.put(None)
+
+
+_alive: weakref.WeakSet[Threads] = weakref.WeakSet()
+
+
+@atexit.register
+def _end_all() -> None:
+    # Threads between two reads end here and now, in good order; only one that hangs is left behind.
+    for threads in list(_alive):
+        threads.shutdown(wait=False)
+        threads.join(SECONDS_TO_END)
