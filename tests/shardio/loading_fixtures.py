@@ -105,7 +105,9 @@ def write_source(
             **of_changes,
         }
         for name, array in small.items():
-            group.create_array(name, shape=array.shape, dtype=array.dtype, chunks=array.shape, config=config)[...] = array
+            group.create_array(name, shape=array.shape, dtype=array.dtype, chunks=array.shape, config=config)[...] = (
+                array
+            )
     return Stored(path, values.astype(np.float32), dates, names, {**of_values, **of_changes}, missing)
 
 

@@ -89,7 +89,9 @@ def test_sizes_that_do_not_fit_are_refused_with_choices_that_do(world, model, re
     assert choices == right[name]
 
 
-@pytest.mark.parametrize(("arguments", "named"), [((0,), "world_size is 0"), ((2, 2), "rank 2"), ((2, -1), "rank is -1")])
+@pytest.mark.parametrize(
+    ("arguments", "named"), [((0,), "world_size is 0"), ((2, 2), "rank 2"), ((2, -1), "rank is -1")]
+)
 def test_a_rank_outside_its_world_is_refused(arguments, named):
     with pytest.raises(TopologyError, match=named):
         Topology(*arguments)
