@@ -114,8 +114,13 @@ def _has_nan(total: NDArray[np.float64], layout: ArrayLayout) -> bool:
 
 
 def _write_array(group: Any, extra: Extra, zarr_format: int) -> None:
+    from zarr.codecs import BloscCodec
+
     # One chunk: a reader wants these arrays whole. Overwritten, because a killed run may have begun them.
-    named = {"dimension_names": extra.dimensions} if zarr_format == 3 else {}
+    named: Json = {"dimension_names": extra.dimensions} if zarr_format == 3 else {}
+    if zarr_format == 3 and extra.values.dtype.kind == "f":
+        # zarr's default, zstd, takes longer over the coordinates of a 9 km grid than a date takes
+        named["compressors"] = BloscCodec(cname="lz4", clevel=5, shuffle="shuffle")
     attributes = {key: value for key, value in extra.attributes.items() if key != "_ARRAY_DIMENSIONS"}
     if zarr_format == 2 and extra.dimensions:
         attributes["_ARRAY_DIMENSIONS"] = list(extra.dimensions)

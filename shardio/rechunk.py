@@ -135,8 +135,10 @@ def run(prepared: Prepared, report: Callable[[Progress], None] = lambda _: None)
                 report(Progress(len(written), layout.shape[0], (len(written) - before) * bytes_of_date))
             if request.sync:
                 sync_folder(job.dataset / "data")
-            _check_unchanged(prepared)
-            output.finish_dataset(job.dataset, prepared.source, layout, written, _about(prepared))
+            with ThreadPoolExecutor(1, "check") as other:  # each takes as long as a date or two, on one thread
+                unchanged = other.submit(_check_unchanged, prepared)
+                output.finish_dataset(job.dataset, prepared.source, layout, written, _about(prepared))
+                unchanged.result()
             job.publish()
         finally:
             job.close()

@@ -14,8 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardio import statistics
+from shardio.allocator import keep_freed_memory
 from shardio.codec import crc32c
 from shardio.layout import ArrayLayout
+from shardio.plan import ENCODED_AHEAD
 from shardio.reader import Scratch
 
 
@@ -34,14 +36,15 @@ class StoredChunk:
 class ChunkWriter:
     """Encodes the grid-chunks of a layout and stores them below `folder`.
 
-    `threads` chunks at most are encoded ahead of a Zarr shard; `sync` makes every file durable before it gets its
-    name; `with_moments` computes statistics on the way.
+    `threads` + ENCODED_AHEAD chunks at most are encoded ahead of a Zarr shard; `sync` makes every file durable before
+    it gets its name; `with_moments` computes statistics on the way.
     """
 
     def __init__(self, folder: Path, layout: ArrayLayout, threads: int, sync: bool, with_moments: bool):
         self.folder, self.layout, self.threads = folder, layout, threads
         self._sync, self._with_moments = sync, with_moments
         self._scratch = Scratch()
+        keep_freed_memory()  # each chunk is encoded into bytes of its own
 
     def open_date(self, date: int) -> ChunkFiles | ZarrShard:
         """A writer for the chunks of one date, given in order of cells."""
@@ -101,7 +104,8 @@ class ZarrShard:
     def write(self, first: int, fields: list[NDArray[np.float32]], pool: Executor) -> Iterable[StoredChunk]:
         """Append consecutive chunks; `first` is the number of those already there."""
         assert first == len(self._index)
-        for parts, stored in _lookahead(pool, self._writer.encode, fields, self._writer.threads):
+        ahead = self._writer.threads + ENCODED_AHEAD
+        for parts, stored in _lookahead(pool, self._writer.encode, fields, ahead):
             self._index.append((self._end, stored.nbytes))
             self._end += stored.nbytes
             self._file.write(parts)
