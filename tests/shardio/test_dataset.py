@@ -238,7 +238,7 @@ def test_select_gives_the_order_and_drop_and_rename_apply_to_stored_names(stored
 
 def test_tendencies_are_those_of_the_frequency_or_of_the_delta_asked_for(stored):
     daily = open_dataset(stored.path, frequency="12h", start="2020-01-01T06")
-    with pytest.raises(SelectionError, match="no statistics_tendencies_12h_mean. It has: .*24h_mean"):
+    with pytest.raises(SelectionError, match=r"no statistics_tendencies_12h_mean. It has: .*24h_mean"):
         daily.statistics_tendencies()
     found = daily.statistics_tendencies("24h")
     assert set(found) == {"mean", "stdev", "minimum", "maximum"}
