@@ -146,7 +146,7 @@ def _checked(layout: ArrayLayout) -> ArrayLayout:
         raise ValueError(f"shape {list(layout.shape)} and chunks {list(layout.chunks)} differ in length")
     if min((*layout.chunks, *layout.shape, 1)) < 0 or 0 in layout.chunks:
         raise ValueError("a shape or chunk is too small")
-    if any(shard % chunk or not shard for chunk, shard in zip(*extents[1:], strict=True)):
+    if any(shard % chunk or shard < 1 for chunk, shard in zip(*extents[1:], strict=True)):
         raise ValueError("the chunks do not divide the Zarr shards")
     if layout.separator not in (".", "/") or layout.order not in ("C", "F"):
         raise ValueError(f"separator {layout.separator!r} or order {layout.order!r} is unknown")
