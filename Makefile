@@ -10,10 +10,10 @@ help:  ## show this list
 
 .venv/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install -c constraints.txt -e ".[torch,grib,dev]"
+	$(BIN)/pip install -c constraints.txt -e ".[train,grib,dev]"
 	touch $@
 
-demo: .venv/.installed  ## make a dataset, cut it into 16 grid-chunks, verify it and plot it, in demo/
+demo: .venv/.installed  ## make a dataset, cut it into grid-chunks, verify, plot and load it on 2 ranks, in demo/
 	rm -rf demo
 	mkdir demo
 	$(BIN)/shardio synth demo/o96.zarr --grid o96 --dates 8 --grid-chunks 1
@@ -21,6 +21,7 @@ demo: .venv/.installed  ## make a dataset, cut it into 16 grid-chunks, verify it
 	$(BIN)/shardio verify demo/o96-16.zarr --source demo/o96.zarr
 	$(BIN)/shardio info demo/o96-16.zarr --ranks 4
 	$(BIN)/shardio plot demo/o96-16.zarr --variable t --output demo/grid-chunks.png
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node=2 docs/examples/train_plain_torch.py demo/o96-16.zarr
 
 test: check  ## all checks, then all tests
 	$(BIN)/pytest
