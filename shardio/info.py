@@ -125,7 +125,8 @@ def print_description(about: Json) -> None:
             ),
             ("complete", "yes" if about["complete"] else "no"),
         ]
-    overview = Table(show_header=False, box=None, title=about["path"], title_justify="left")
+    console.print(about["path"])
+    overview = Table(show_header=False, box=None)
     for name, value in rows:
         overview.add_row(f"[bold]{name}", value)
     console.print(overview)
@@ -142,11 +143,11 @@ def _print_ranks(read: Json, console: Any) -> None:
     from rich.table import Table
 
     cut = "along the chunk grid" if read["aligned"] else "balanced across chunks"
-    title = (
+    console.print(
         f"{read['ranks']} ranks, cut {cut}: imbalance {read['imbalance']:.1%}, "
         f"read amplification {read['read_amplification']:.3f}"
     )
-    table = Table("rank", "cells", "grid-chunks", "bytes per date", title=title, title_justify="left", box=None)
+    table = Table("rank", "cells", "grid-chunks", "bytes per date", box=None)
     for each in read["each"]:
         first, stop = each["grid_chunks"]
         cells = f"{each['cells'][0]}-{each['cells'][1] - 1}"
