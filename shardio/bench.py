@@ -147,10 +147,10 @@ def print_measurement(found: Json) -> None:
     from shardio.progress import size
 
     console = Console()
-    title = (
+    console.print(
         f"{found['path']}: one of {found['ranks']} ranks, {found['grid_chunks']} grid-chunks, {found['cores']} cores"
     )
-    table = Table("", "ms per date", "GB/s", "of the limit", title=title, title_justify="left", box=None)
+    table = Table("", "ms per date", "GB/s", "of the limit", box=None)
     for name, row in found["contenders"].items():
         table.add_row(name, f"{row['ms_per_date']:.2f}", f"{row['gb_per_s']:.2f}", f"{row['of_limit']:.2f}")
     console.print(table)

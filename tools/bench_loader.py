@@ -105,11 +105,11 @@ def show(found: dict[str, Any]) -> None:
     from rich.table import Table
 
     loader = found["ms_per_date"]["loader"]
-    title = f"one of {found['ranks']} ranks, {found['grid']}, {found['grid_chunks']} grid-chunks"
-    table = Table("", "ms per date", "x loader", title=title, title_justify="left", box=None)
+    console = Console()
+    console.print(f"one of {found['ranks']} ranks, {found['grid']}, {found['grid_chunks']} grid-chunks")
+    table = Table("", "ms per date", "x loader", box=None)
     for name, value in sorted(found["ms_per_date"].items(), key=lambda row: row[1]):
         table.add_row(name, f"{value:.2f}", f"{value / loader:.2f}")
-    console = Console()
     console.print(table)
     wait, memory = found["wait"], found["memory"]
     console.print(f"loader at {found['loader_of_limit']:.2f} of the limit")
