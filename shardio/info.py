@@ -12,6 +12,7 @@ from shardio.job import refuse_unfinished
 from shardio.partition import partition
 from shardio.progress import size
 from shardio.source import AnemoiSource, Source, open_source
+from shardio.statistics import NAMES
 
 Json = dict[str, Any]
 
@@ -31,7 +32,7 @@ def describe(path: str, ranks: int | None = None) -> Json:
         "resolution": source.attributes.get("resolution"),
         "variables": list(source.variables),
         "statistics": {
-            name: {key: float(values[i]) for key, values in (source.statistics or {}).items()}
+            name: {key: _finite(values[i]) for key, values in (source.statistics or {}).items()}
             for i, name in enumerate(source.variables)
             if source.statistics
         },
@@ -41,6 +42,11 @@ def describe(path: str, ranks: int | None = None) -> Json:
         if ranks is not None:
             about["ranks"] = _read_by(source, ranks)
     return about
+
+
+def _finite(value: Any) -> float | None:
+    """NaN is no JSON."""
+    return float(value) if np.isfinite(value) else None
 
 
 def _shape(source: Source) -> tuple[int, ...]:
@@ -131,9 +137,9 @@ def print_description(about: Json) -> None:
         overview.add_row(f"[bold]{name}", value)
     console.print(overview)
     if about["statistics"]:
-        table = Table("variable", "mean", "stdev", "minimum", "maximum", box=None)
+        table = Table("variable", *NAMES, box=None)
         for name, values in about["statistics"].items():
-            table.add_row(name, *(f"{values[key]:.6g}" for key in ("mean", "stdev", "minimum", "maximum")))
+            table.add_row(name, *("-" if values[key] is None else f"{values[key]:.6g}" for key in NAMES))
         console.print(table)
     if "ranks" in about:
         _print_ranks(about["ranks"], console)

@@ -94,12 +94,10 @@ class Job:
 
     def written(self, layout: ArrayLayout) -> dict[int, WrittenDate]:
         """Finished dates whose files are as the ledger says; everything else is to be written (again)."""
+        self.sweep()
         folder = self.dataset / "data"
         with os.scandir(folder) as entries:
             sizes = {entry.name: entry.stat().st_size for entry in entries}
-        for name in sizes:
-            if name.endswith(".tmp"):
-                (folder / name).unlink()
         reader = NativeReader(folder, layout)
         intact = {}
         self._ledger.seek(0)
@@ -111,6 +109,11 @@ class Job:
             if _sizes_match(record, layout, sizes) and (self.was_synced or _crc_matches(record, reader)):
                 intact[record.date] = record
         return intact
+
+    def sweep(self) -> None:
+        """Remove what killed processes left half-written."""
+        for file in (self.dataset / "data").glob("*.tmp"):
+            file.unlink(missing_ok=True)
 
     def record(self, dates: Iterable[WrittenDate]) -> None:
         """Note finished dates. A kill loses none; power loss loses the last second, which is written again."""

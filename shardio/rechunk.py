@@ -133,6 +133,7 @@ def run(prepared: Prepared, report: Callable[[Progress], None] = lambda _: None)
                 job.record(dates)
                 written.update((date.date, date) for date in dates)
                 report(Progress(len(written), layout.shape[0], (len(written) - before) * bytes_of_date))
+            job.sweep()  # of workers killed in this run
             if request.sync:
                 sync_folder(job.dataset / "data")
             with ThreadPoolExecutor(1, "check") as other:  # each takes as long as a date or two, on one thread
