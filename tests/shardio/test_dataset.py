@@ -10,7 +10,7 @@ from pathlib import Path
 import numcodecs
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardio import open_dataset
@@ -96,6 +96,7 @@ def indices(draw):
     return tuple(items)
 
 
+@settings(deadline=None)
 @given(index=indices())
 def test_indexing_gives_what_numpy_gives(complete, index):
     try:
@@ -109,6 +110,7 @@ def test_indexing_gives_what_numpy_gives(complete, index):
     assert np.array_equal(bits(found), bits(expected))
 
 
+@settings(deadline=None)
 @given(item=axis(SHAPE[0]))
 def test_an_index_of_dates_alone_needs_no_tuple(complete, item):
     assert np.array_equal(bits(open_dataset(complete.path)[item]), bits(complete.values[item]))

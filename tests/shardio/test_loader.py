@@ -390,7 +390,7 @@ def test_memory_does_not_grow_over_two_thousand_batches(many):
     assert resident() - rss < 20e6
 
 
-@settings(max_examples=25)
+@settings(max_examples=25, deadline=None)
 @given(st.data())
 def test_resume_after_any_batch_under_another_topology_continues_exactly(many, data):
     def draw():

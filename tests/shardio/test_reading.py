@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardio import Topology
@@ -49,6 +49,7 @@ def test_one_read_group_alone_reads_a_date(n, reading):
         assert len(groups) == 1 or not reading.exchanges
 
 
+@settings(deadline=None)
 @given(st.integers(1, 6), st.sampled_from(sorted(CHUNKS)), st.booleans())
 def test_without_sharing_every_rank_reads_all_that_it_wants(model, n, whole):
     reading = Reading(partition(CELLS, model, CHUNKS[n]), Topology(model, 0, model), False, whole)
@@ -58,6 +59,7 @@ def test_without_sharing_every_rank_reads_all_that_it_wants(model, n, whole):
         assert np.array_equal(np.concatenate(cells), np.arange(CELLS)[reading.wanted(rank)])
 
 
+@settings(deadline=None)
 @given(st.integers(1, 6), st.sampled_from(sorted(CHUNKS)), st.booleans())
 def test_read_amplification_is_what_the_ranks_decode_over_the_grid(model, n, whole):
     for shared in (False, True):
@@ -73,6 +75,7 @@ def test_read_amplification_is_what_the_ranks_decode_over_the_grid(model, n, who
 ranges = st.tuples(st.integers(0, 30), st.integers(0, 30)).map(lambda ends: slice(min(ends), max(ends)))
 
 
+@settings(deadline=None)
 @given(ranges, ranges)
 def test_meet_is_the_common_part(a, b):
     everything = range(40)

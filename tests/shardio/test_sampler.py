@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
@@ -55,6 +55,7 @@ def global_order(ranks, state=None):
 STARTS = np.arange(3, 50, 2)[:23]
 
 
+@settings(deadline=None)
 @given(topologies(), st.integers(1, 5), st.booleans(), st.integers(0, 3), st.integers(0, 2))
 def test_the_order_of_an_epoch_depends_on_seed_and_epoch_alone(sizes, batch_size, shuffle, seed, epoch):
     alone = ReadGroupSampler(STARTS, Topology(), 1, shuffle, seed)
@@ -71,6 +72,7 @@ def test_epochs_and_seeds_have_orders_of_their_own():
     assert len(orders) == 9
 
 
+@settings(deadline=None)
 @given(topologies(), st.integers(1, 5), st.booleans())
 def test_ranks_of_an_ensemble_get_the_same_batches_and_data_groups_disjoint_ones(sizes, batch_size, drop_last):
     world, _, _, ensemble = sizes
@@ -90,6 +92,7 @@ def test_ranks_of_an_ensemble_get_the_same_batches_and_data_groups_disjoint_ones
         assert sorted(together) == STARTS.tolist()
 
 
+@settings(deadline=None)
 @given(topologies(), st.integers(1, 7))
 def test_padding_is_marked_and_is_less_than_a_step(sizes, batch_size):
     ranks = samplers(sizes, STARTS, batch_size=batch_size)
@@ -106,6 +109,7 @@ def test_drop_last_tells_how_many_samples_it_drops(caplog):
     assert [record.getMessage() for record in caplog.records] == ["3 samples of epoch 0 fill no batch and are dropped"]
 
 
+@settings(deadline=None)
 @given(st.data(), topologies(), topologies(), st.integers(1, 4), st.integers(1, 4), st.booleans())
 def test_resume_after_any_batch_under_another_topology_gives_the_rest_of_the_order(
     data, before, after, batch_before, batch_after, shuffle
@@ -138,6 +142,7 @@ def test_resume_after_any_batch_under_another_topology_gives_the_rest_of_the_ord
     assert rest == whole[taken:]
 
 
+@settings(deadline=None)
 @given(topologies(), st.integers(1, 4), st.integers(0, 60))
 def test_single_samples_move_the_position_one_by_one(sizes, batch_size, stop):
     ranks = samplers(sizes, STARTS, batch_size=batch_size)
@@ -251,6 +256,7 @@ def test_a_torch_dataloader_resumes_where_its_sampler_stood(stop, as_batches):
     assert (seen + rest)[: len(STARTS)] == resumed.order(0).tolist()
 
 
+@settings(deadline=None)
 @given(st.lists(st.booleans(), min_size=0, max_size=12), st.lists(st.integers(1, 3), max_size=12), st.integers(1, 4))
 def test_windows_are_all_those_that_touch_no_missing_date_and_cross_no_gap(gone, jumps, steps):
     count = min(len(gone), len(jumps))

@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardio import Topology
@@ -24,6 +24,7 @@ def all_ranks(world, model, read, ensemble):
     return [Topology(world, rank, model, read, ensemble) for rank in range(world)]
 
 
+@settings(deadline=None)
 @given(worlds())
 def test_each_kind_of_group_has_every_rank_once_and_all_members_agree_on_it(sizes):
     ranks = all_ranks(*sizes)
@@ -40,6 +41,7 @@ def test_each_kind_of_group_has_every_rank_once_and_all_members_agree_on_it(size
         assert all(rank in group for rank, group in enumerate(groups))
 
 
+@settings(deadline=None)
 @given(worlds())
 def test_groups_nest_and_places_count_along_them(sizes):
     for rank in all_ranks(*sizes):
@@ -52,6 +54,7 @@ def test_groups_nest_and_places_count_along_them(sizes):
         assert len(rank.data_ranks) == rank.data_size
 
 
+@settings(deadline=None)
 @given(worlds())
 def test_ranks_that_share_an_ensemble_share_their_samples_and_others_do_not(sizes):
     ranks = all_ranks(*sizes)
@@ -68,6 +71,7 @@ def test_two_nodes_of_four_gpus_with_two_per_model_and_batch_four_have_an_effect
     assert [rank.data_rank for rank in ranks] == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
+@settings(deadline=None)
 @given(st.integers(1, 24), st.integers(1, 24), st.integers(1, 24), st.integers(1, 24))
 def test_sizes_that_do_not_fit_are_refused_with_choices_that_do(world, model, read, ensemble):
     fits = world % model == 0 and model % read == 0 and world % ensemble == 0 and ensemble % model == 0
