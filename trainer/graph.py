@@ -1,0 +1,382 @@
+"""The graph, cut by destination: encoder (cells to hidden), processor (hidden to hidden), decoder (hidden to cells).
+
+    dataset's cells     0 ........ 4 ........ 8          cut by the loader's partition
+    hidden nodes           0 ... 1 ... 2 ... 3           numbered by their nearest cell, cut into equal work
+
+A rank owns the edges that end at its nodes. Sources are global ids: those of other ranks are the halo (halo.py).
+
+Nothing but the two cuts depends on the number of ranks, bit for bit. To that end all cells are taken in the same
+blocks on every rank, distances are compared as this file computes them, and every rank asks the same KD-tree.
+While it builds, a rank holds the hidden mesh and its processor edges whole, but the cells one block at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import zipfile
+import zlib
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import scipy
+from numpy.typing import NDArray
+from scipy.spatial import cKDTree
+
+from shardio.errors import OutputError, PlanError, TopologyError
+from shardio.partition import Partition
+from trainer.grid import Float64, Frames, Int64, Mesh, build_mesh, check_places, dot, mesh_nodes
+
+BLOCK_CELLS = 2**16
+DECODER_NEIGHBOURS = 3
+PROCESSORS = ("knn", "mesh", "multiscale")
+CACHE_FORMAT = 1  # raise it with every change to what is built
+
+
+@dataclass(frozen=True)
+class GraphOptions:
+    """What graph to build.
+
+    Attributes:
+      hidden: hidden mesh: oN (octahedral) or icoR (icosahedron, refined R times).
+      cutoff: a cell feeds the hidden nodes within this distance, in mean hidden spacings (sqrt(4 pi / nodes)).
+      processor: edges between hidden nodes: knn (each node's nearest), or, of icoR, mesh (sides of its
+        triangles) or multiscale (sides of the triangles of all refinements).
+      neighbours: edges that end at each hidden node, with knn.
+      processor_layers: how often processor edges are used for one use of encoder edges, to weigh a rank's work.
+    """
+
+    hidden: str = "ico4"
+    cutoff: float = 0.7
+    processor: str = "knn"
+    neighbours: int = 8
+    processor_layers: int = 1
+
+    def __post_init__(self) -> None:
+        if self.processor not in PROCESSORS:
+            raise PlanError(f"processor edges {self.processor!r} are unknown. Use one of: {', '.join(PROCESSORS)}.")
+        if self.processor != "knn" and not self.hidden.startswith("ico"):
+            raise PlanError(
+                f"hidden mesh {self.hidden} has no {self.processor} edges, only icosahedra have. Use processor knn, "
+                "or a hidden mesh such as ico5."
+            )
+        for name, least in (("cutoff", 0), ("neighbours", 1), ("processor_layers", 0)):
+            if not least <= getattr(self, name) < math.inf:
+                raise PlanError(f"{name} is {getattr(self, name)}. Use {least} or more.")
+
+
+@dataclass(frozen=True, eq=False)
+class Edges:
+    """The edges that end at the nodes of one rank, sorted by destination, then source.
+
+    Attributes:
+      source: int64 [edges/M], global id.
+      destination: int64 [edges/M], counted from the first node the rank owns.
+      features: float32 [edges/M, 3]: length of the chord from destination to source, and how far that goes east
+        and north in the destination's own frame; over the mean hidden spacing, or for the processor the root mean
+        square length of all its edges.
+      destinations: nodes that the rank owns.
+    """
+
+    source: Int64
+    destination: Int64
+    features: NDArray[np.float32]
+    destinations: int
+
+    @property
+    def offsets(self) -> Int64:
+        """[destinations + 1]: the edges of destination i are offsets[i] to offsets[i + 1]."""
+        return np.searchsorted(self.destination, np.arange(self.destinations + 1))
+
+
+@dataclass(frozen=True, eq=False)
+class Graph:
+    """What one rank owns of the graph.
+
+    Attributes:
+      rank: whose part this is.
+      cells: the cut of the cells.
+      hidden_bounds: [ranks + 1], first hidden node of every rank, then the number of hidden nodes.
+      cell_coordinates: [cells/M, 2] latitude and longitude, degrees.
+      hidden_coordinates: [hidden/M, 2] likewise.
+      encoder: cells to hidden. processor: hidden to hidden. decoder: hidden to cells.
+    """
+
+    rank: int
+    cells: Partition
+    hidden_bounds: tuple[int, ...]
+    cell_coordinates: Float64
+    hidden_coordinates: Float64
+    encoder: Edges
+    processor: Edges
+    decoder: Edges
+
+    @property
+    def hidden(self) -> slice:
+        """The hidden nodes that this rank owns."""
+        return slice(self.hidden_bounds[self.rank], self.hidden_bounds[self.rank + 1])
+
+
+def build_graph(
+    latitudes: Float64,
+    longitudes: Float64,
+    cells: Partition,
+    rank: int,
+    options: GraphOptions | None = None,
+    cache: str | os.PathLike[str] | None = None,
+) -> Graph:
+    """What `rank` owns of the graph; put together over the ranks it is the one-rank graph, bit for bit.
+
+    Every cell feeds its nearest hidden node at least, every hidden node is fed by its nearest cell at least. Hidden
+    nodes that are further than one mean spacing (and the cut-off) from all cells are left out: of a limited area
+    only the mesh near it is kept. A rank's work, its encoder edges plus processor_layers times its processor edges,
+    is at most the mean plus the work of one hidden node.
+
+    Args:
+      latitudes, longitudes: [cells], degrees, of the whole grid, in the dataset's order; may be memory maps.
+      cells: the cut of the cells over the ranks.
+      rank: in the model group.
+      options: default GraphOptions().
+      cache: folder in which what was built is kept, under a name made of all inputs.
+    Raises: DatasetError if a coordinate is not one; PlanError if the hidden mesh is unknown or finer than the grid, or
+      the partition is of another grid; TopologyError if there are more ranks than hidden nodes, or no such rank;
+      OutputError if the cache cannot be written.
+    """
+    options = options or GraphOptions()
+    check_places(latitudes, longitudes)
+    if cells.bounds[-1] != latitudes.size:
+        raise PlanError(f"the partition is of {cells.bounds[-1]} cells, the grid has {latitudes.size}. Cut this grid.")
+    if not 0 <= rank < cells.ranks:
+        raise TopologyError(f"rank {rank} is not in a model group of {cells.ranks}. Ranks count from 0.")
+    if cache is None:
+        return _build(latitudes, longitudes, cells, rank, options)
+    path = _cache_path(Path(cache), latitudes, longitudes, (cells, rank, options))
+    graph = _load(path, cells, rank)
+    if graph is None:
+        graph = _build(latitudes, longitudes, cells, rank, options)
+        _save(path, graph)
+    return graph
+
+
+def _build(latitudes: Float64, longitudes: Float64, cells: Partition, rank: int, options: GraphOptions) -> Graph:
+    mesh = build_mesh(options.hidden)
+    near = _Near(latitudes, longitudes, mesh, options.cutoff)
+    survey = _take_survey(near)
+    kept = np.flatnonzero(survey.nearest >= 0)
+    order = kept[np.lexsort((kept, survey.nearest[kept]))]
+    _check_sizes(mesh, order.size, cells)
+    source, destination = _processor_pairs(mesh, near.nodes.position, order, options)
+    processor_work = options.processor_layers * np.bincount(destination, minlength=order.size)
+    bounds = _equal_work(np.maximum(survey.feeding[order], 1) + processor_work, cells.ranks)
+    hidden, mine, owned = near.nodes[order], slice(bounds[rank], bounds[rank + 1]), cells.cells(rank)
+    features = hidden[destination].towards(hidden.position[source])
+    features /= np.sqrt(np.mean(features[:, 0] ** 2)) if features.size else 1.0
+    here = (destination >= mine.start) & (destination < mine.stop)
+    return Graph(
+        rank,
+        cells,
+        bounds,
+        np.stack([latitudes[owned], longitudes[owned]], axis=1),
+        np.stack([mesh.latitudes, mesh.longitudes], axis=1)[order[mine]],
+        _encoder(near, survey, order, mine),
+        _edges(source[here], destination[here] - mine.start, features[here], mine),
+        _decoder(near, hidden.position, owned),
+    )
+
+
+def _check_sizes(mesh: Mesh, hidden: int, cells: Partition) -> None:
+    if hidden > cells.bounds[-1]:
+        family, enough = mesh.name.rstrip("0123456789"), cells.bounds[-1] / hidden * mesh.latitudes.size
+        fitting = [size for size in range(20 if family == "ico" else 3000) if 0 < mesh_nodes(family, size) <= enough]
+        remedy = f"Try {family}{fitting[-1]} or coarser." if fitting else "Use a grid with more cells."
+        raise PlanError(
+            f"hidden mesh {mesh.name} is finer than the grid: {hidden} nodes, {cells.bounds[-1]} cells. {remedy}"
+        )
+    if cells.ranks > hidden:
+        raise TopologyError(
+            f"{hidden} hidden nodes cannot be cut over {cells.ranks} ranks. Use a finer hidden mesh than {mesh.name}, "
+            f"or num_gpus_per_model of at most {hidden}."
+        )
+
+
+# ------------------------------------------------------------------------------------------- cells and mesh nodes
+@dataclass(frozen=True)
+class _Pairs:
+    """Cells and mesh nodes that are near one another, [pairs]."""
+
+    cell: Int64
+    node: Int64  # of the whole mesh
+    square: Float64  # of the chord between them
+    feeds: NDArray[np.bool_]  # within the cut-off, or the node is the cell's nearest
+
+
+class _Near:
+    """Finds pairs, the cells in blocks that are the same on all ranks."""
+
+    def __init__(self, latitudes: Float64, longitudes: Float64, mesh: Mesh, cutoff: float) -> None:
+        self.latitudes, self.longitudes, self.spacing = latitudes, longitudes, mesh.spacing
+        self.nodes = Frames.of(mesh.latitudes, mesh.longitudes)
+        self.tree = cKDTree(self.nodes.position)
+        self.blocks = range(math.ceil(latitudes.size / BLOCK_CELLS))
+        self.cutoff, self.reach = (_chord(factor * mesh.spacing) for factor in (cutoff, max(cutoff, 1.0)))
+
+    def cells(self, block: int) -> Frames:
+        cells = slice(block * BLOCK_CELLS, (block + 1) * BLOCK_CELLS)
+        return Frames.of(self.latitudes[cells], self.longitudes[cells])
+
+    def pairs(self, position: Float64, block: int) -> _Pairs:
+        """Within reach, or of a cell and its nearest node; position [cells of the block, 3]."""
+        loose = self.reach * (1.0 + 1e-9)  # the tree proposes; what is within reach is decided below
+        found = cKDTree(position).sparse_distance_matrix(self.tree, loose, output_type="ndarray")
+        nearest = self.tree.query(position)[1]
+        cell = np.concatenate([found["i"], np.arange(len(position))])
+        node = np.concatenate([found["j"], nearest])
+        chord = position[cell] - self.nodes.position[node]
+        square, is_nearest = dot(chord, chord), node == nearest[cell]
+        again = np.arange(cell.size) >= len(found)  # the nearest nodes: to be added if they are out of reach
+        keep = (square <= self.reach**2) != again
+        feeds = (square <= self.cutoff**2) | is_nearest
+        return _Pairs(cell[keep] + block * BLOCK_CELLS, node[keep], square[keep], feeds[keep])
+
+
+def _chord(angle: float) -> float:
+    return 2.0 * math.sin(min(angle, math.pi) / 2.0)
+
+
+@dataclass(frozen=True)
+class _Survey:
+    """What the cells mean to each node of the mesh, [nodes]."""
+
+    nearest: Int64  # the nearest cell, the first of several; -1 if none is near
+    feeding: Int64  # cells that feed the node by cut-off or as their nearest
+    first: Int64  # block with cells near the node
+    last: Int64
+
+
+def _take_survey(near: _Near) -> _Survey:
+    nodes = len(near.nodes.position)
+    square, nearest, feeding = np.full(nodes, np.inf), np.full(nodes, -1), np.zeros(nodes, np.int64)
+    first, last = np.full(nodes, len(near.blocks)), np.full(nodes, -1)
+    for block in near.blocks:
+        pairs = near.pairs(near.cells(block).position, block)
+        feeding += np.bincount(pairs.node[pairs.feeds], minlength=nodes)
+        ranking = np.lexsort((pairs.cell, pairs.square, pairs.node))
+        node, place = np.unique(pairs.node[ranking], return_index=True)
+        best = ranking[place]
+        first[node], last[node] = np.minimum(first[node], block), block
+        closer = pairs.square[best] < square[node]
+        node, best = node[closer], best[closer]
+        square[node], nearest[node] = pairs.square[best], pairs.cell[best]
+    return _Survey(nearest, feeding, first, last)
+
+
+def _encoder(near: _Near, survey: _Survey, order: Int64, mine: slice) -> Edges:
+    """Pairs that feed the nodes order[mine]; a node that none feeds is fed by its nearest cell."""
+    number = np.full(len(near.nodes.position), -1)
+    number[order[mine]] = np.arange(mine.stop - mine.start)
+    blocks = range(survey.first[order[mine]].min(), survey.last[order[mine]].max() + 1)
+    found: list[tuple[Int64, Int64, Float64]] = []
+    for block in blocks:
+        position = near.cells(block).position
+        pairs = near.pairs(position, block)
+        feeds = pairs.feeds | ((survey.feeding[pairs.node] == 0) & (survey.nearest[pairs.node] == pairs.cell))
+        chosen = feeds & (number[pairs.node] >= 0)
+        cell, node = pairs.cell[chosen], pairs.node[chosen]
+        features = near.nodes[node].towards(position[cell - block * BLOCK_CELLS]) / near.spacing
+        found.append((cell, number[node], features))
+    source, destination, features = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    return _edges(source, destination, features, mine)
+
+
+def _decoder(near: _Near, hidden: Float64, owned: slice) -> Edges:
+    """From the nearest hidden nodes, at hidden [hidden, 3], to each owned cell."""
+    tree, neighbours = cKDTree(hidden), np.arange(1, min(DECODER_NEIGHBOURS, len(hidden)) + 1)
+    found: list[tuple[Int64, Float64]] = []
+    for block in range(owned.start // BLOCK_CELLS, math.ceil(owned.stop / BLOCK_CELLS)):
+        start = block * BLOCK_CELLS
+        cells = near.cells(block)[max(owned.start - start, 0) : owned.stop - start]
+        source = np.sort(tree.query(cells.position, k=neighbours)[1], axis=1).ravel()
+        cell = np.repeat(np.arange(len(cells.position)), neighbours.size)
+        found.append((source, cells[cell].towards(hidden[source]) / near.spacing))
+    source, features = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    return _edges(source, np.repeat(np.arange(owned.stop - owned.start), neighbours.size), features, owned)
+
+
+# ---------------------------------------------------------------------------------------------- hidden nodes and cuts
+def _processor_pairs(mesh: Mesh, nodes: Float64, order: Int64, options: GraphOptions) -> tuple[Int64, Int64]:
+    """Source and destination [processor edges], of all ranks."""
+    if options.processor == "knn":
+        if order.size == 1:
+            return np.empty(0, np.int64), np.empty(0, np.int64)
+        neighbours = np.arange(2, min(options.neighbours, order.size - 1) + 2)  # the nearest is the node itself
+        source = cKDTree(nodes[order]).query(nodes[order], k=neighbours)[1]
+        return source.ravel(), np.repeat(np.arange(order.size), neighbours.size)
+    number = np.full(len(nodes), -1)
+    number[order] = np.arange(order.size)
+    levels = mesh.levels if options.processor == "multiscale" else mesh.levels[-1:]
+    source, destination = number[np.concatenate(levels, axis=1)]
+    kept = (source >= 0) & (destination >= 0)
+    return source[kept], destination[kept]
+
+
+def _equal_work(work: Int64, ranks: int) -> tuple[int, ...]:
+    """Bounds of contiguous ranges whose work is the mean to within that of one node; none is empty."""
+    done = np.concatenate([[0], np.cumsum(work)])
+    bounds = [0]
+    for rank in range(1, ranks):
+        nearest = int(np.abs(done * ranks - rank * done[-1]).argmin())
+        bounds.append(min(max(nearest, bounds[-1] + 1), work.size - ranks + rank))
+    return (*bounds, work.size)
+
+
+def _edges(source: Int64, destination: Int64, features: Float64, owned: slice) -> Edges:
+    order = np.lexsort((source, destination))
+    return Edges(source[order], destination[order], features[order].astype(np.float32), int(owned.stop - owned.start))
+
+
+# -------------------------------------------------------------------------------------------------------------- cache
+def _cache_path(folder: Path, latitudes: Float64, longitudes: Float64, inputs: tuple[object, ...]) -> Path:
+    """Other versions of numpy and SciPy may round, or break ties, otherwise."""
+    digest = hashlib.sha256(repr((CACHE_FORMAT, np.__version__, scipy.__version__, *inputs)).encode())
+    for coordinates in (latitudes, longitudes):
+        digest.update(np.ascontiguousarray(coordinates, np.float64))
+    return folder / f"graph-{digest.hexdigest()[:32]}.npz"
+
+
+_ARRAYS = ("hidden_bounds", "cell_coordinates", "hidden_coordinates")
+_EDGE_ARRAYS = ("source", "destination", "features", "destinations")
+
+
+def _save(path: Path, graph: Graph) -> None:
+    """Under another name first: what has the right name is whole."""
+    arrays = {name: getattr(graph, name) for name in _ARRAYS}
+    for part in ("encoder", "processor", "decoder"):
+        arrays |= {f"{part}_{name}": getattr(getattr(graph, part), name) for name in _EDGE_ARRAYS}
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            np.savez(file, **arrays)
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            partial.unlink()
+        raise OutputError(
+            f"the graph cannot be kept in {path.parent}: {error}. Free space, or cache elsewhere."
+        ) from error
+
+
+def _load(path: Path, cells: Partition, rank: int) -> Graph | None:
+    """None if there is no such file or it is damaged (each array has a checksum): then build anew."""
+    try:
+        with np.load(path) as file:
+            bounds, *places = (file[name] for name in _ARRAYS)
+            parts = [[file[f"{part}_{name}"] for name in _EDGE_ARRAYS] for part in ("encoder", "processor", "decoder")]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+        return None
+    edges = [Edges(source, destination, features, int(count)) for source, destination, features, count in parts]
+    return Graph(rank, cells, tuple(bounds.tolist()), *places, *edges)
