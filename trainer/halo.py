@@ -1,0 +1,213 @@
+"""Copies of the rows that a rank's edges need from other ranks: agreed once, exchanged in every layer.
+
+    rank 0 owns 0 1 2, its edges start at 0 2 4     ->  rows   0 1 2 | 4      edges start at rows 0 2 3
+    rank 1 owns 3 4,   its edges start at 1 3 4     ->  rows   3 4 | 1        edges start at rows 2 0 1
+
+The graph may be directed, bipartite and as asymmetric as it likes: a rank knows what it needs, and asks for it. Who
+sends what is settled in build_halo; nothing in a step depends on data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from shardio.errors import PlanError, TopologyError
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Rows (or bytes) that one exchange costs one rank in forward; backward has sent and received swapped.
+
+    Attributes:
+      sent: to all other ranks.
+      received: from all other ranks.
+      lower_bound: of received: different sources, owned by others, of this rank's edges.
+      all_gather: what the rank would send to give its rows to all others.
+    """
+
+    sent: int
+    received: int
+    lower_bound: int
+    all_gather: int
+
+
+@dataclass(frozen=True, eq=False)
+class Halo:
+    """Who sends which rows to whom, as one rank sees it.
+
+    Attributes:
+      group: the model group; None for the world, or for one rank.
+      owned: rows that this rank owns, nodes/M.
+      send: int64 [sent], owned rows that others need, by receiver, then by id.
+      send_counts, receive_counts: [M], rows for and from every rank.
+      source: int64 [edges/M], where each edge starts in the rows that `exchange` returns.
+    """
+
+    group: dist.ProcessGroup | None
+    owned: int
+    send: Tensor
+    send_counts: tuple[int, ...]
+    receive_counts: tuple[int, ...]
+    source: Tensor
+
+    @property
+    def ranks(self) -> int:
+        return len(self.send_counts)
+
+    @property
+    def rows(self) -> int:
+        """Owned and halo rows."""
+        return self.owned + sum(self.receive_counts)
+
+    def traffic(self, row_bytes: int = 1) -> Traffic:
+        """Bytes of an exchange of rows of that many bytes; with 1, rows."""
+        cut = int(torch.unique(self.source[self.source >= self.owned]).numel())
+        rows = sum(self.send_counts), sum(self.receive_counts), cut, self.owned * (self.ranks - 1)
+        return Traffic(*(count * row_bytes for count in rows))
+
+
+def build_halo(
+    source: NDArray[np.int64],
+    bounds: Sequence[int],
+    rank: int,
+    group: dist.ProcessGroup | None = None,
+    device: torch.device | str = "cpu",
+) -> Halo:
+    """Agree on the halo: every rank tells the owners which rows it needs. All ranks of the group call it together.
+
+    Args:
+      source: [edges/M], global ids of the nodes at which this rank's edges start, in any order.
+      bounds: [M + 1], first node that every rank owns, then the number of nodes; the same on all ranks.
+      rank: in the group.
+      group: the model group; None for the world. With M = 1 no process group is needed.
+      device: where the indices live, and, for the backend's sake, travel.
+
+    Raises: TopologyError if the group has other ranks than the bounds, or its ranks have other bounds; PlanError if a
+      source is no node.
+    """
+    _check_group(group, len(bounds) - 1, rank)
+    first, last = bounds[rank], bounds[rank + 1]
+    if source.size and not 0 <= source.min() <= source.max() < bounds[-1]:
+        raise PlanError(
+            f"edges start at nodes {source.min()} to {source.max()}, but there are nodes 0 to {bounds[-1] - 1}. "
+            "Give the bounds of the nodes at which the edges start."
+        )
+    remote = (source < first) | (source >= last)
+    needed = np.unique(source[remote])  # owners hold contiguous ids: this is by owner, then by id
+    receive_counts = np.diff(np.searchsorted(needed, bounds))
+    local = np.where(remote, last - first + np.searchsorted(needed, source), source - first)
+    wanted, send_counts = _ask(needed, receive_counts, group, device)
+    if wanted.numel() and not first <= wanted.min() <= wanted.max() < last:
+        raise TopologyError(
+            f"rank {rank} owns nodes {first} to {last - 1}, but is asked for {wanted.min()} to {wanted.max()}. "
+            "Give the same bounds on all ranks."
+        )
+    counts = tuple(send_counts), tuple(receive_counts.tolist())
+    return Halo(group, last - first, wanted - first, *counts, torch.from_numpy(local).to(device))
+
+
+def _ask(
+    needed: NDArray[np.int64],
+    receive_counts: NDArray[np.int64],
+    group: dist.ProcessGroup | None,
+    device: torch.device | str,
+) -> tuple[Tensor, list[int]]:
+    """Send to every rank the ids needed of it. Returns the ids [sent] that the ranks need of this one, and how many."""
+    if receive_counts.size == 1:
+        return torch.empty(0, dtype=torch.int64, device=device), [0]
+    asked = torch.from_numpy(receive_counts).to(device)
+    counts = torch.empty_like(asked)
+    dist.all_to_all_single(counts, asked, group=group)
+    send_counts = counts.tolist()
+    wanted = torch.empty(sum(send_counts), dtype=torch.int64, device=device)
+    dist.all_to_all_single(
+        wanted, torch.from_numpy(needed).to(device), send_counts, receive_counts.tolist(), group=group
+    )
+    return wanted, send_counts
+
+
+def exchange(owned: Tensor, halo: Halo) -> Tensor:
+    """Forward: fetch halo rows from their owners. Backward: return their gradients and add them, in rank order.
+
+    All ranks of the group call it together, also those that need nothing or are asked for nothing. On one rank it
+    returns `owned` itself.
+
+    Args:
+      owned: [..., nodes/M, channels], the rows this rank owns; leading dimensions alike on all ranks.
+      halo: of the nodes whose rows these are.
+
+    Returns: [..., nodes/M + halo, channels]; owned rows first, halo rows by owner, then by id.
+    Raises: TopologyError if `halo` was built for another group size or another number of owned rows.
+    """
+    if owned.ndim < 2 or owned.shape[-2] != halo.owned:
+        raise TopologyError(
+            f"owned has shape {tuple(owned.shape)}, but the halo was built for [..., {halo.owned}, channels]. "
+            "Build one halo for each node set and cut."
+        )
+    if halo.ranks == 1:
+        return owned
+    _check_group(halo.group, halo.ranks)
+    exchanged: Tensor = _Exchange.apply(owned, halo)  # type: ignore[no-untyped-call]
+    return exchanged
+
+
+class _Exchange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, owned: Tensor, halo: Halo) -> Tensor:
+        ctx.halo = halo
+        rows = owned.movedim(-2, 0).index_select(0, halo.send).contiguous()
+        received = rows.new_empty((sum(halo.receive_counts), *rows.shape[1:]))
+        _all_to_all(received, rows, halo.receive_counts, halo.send_counts, halo.group)
+        return torch.cat([owned, received.movedim(0, -2)], dim=-2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        halo: Halo = ctx.halo
+        lent = gradient[..., halo.owned :, :].movedim(-2, 0).contiguous()
+        returned = lent.new_empty((sum(halo.send_counts), *lent.shape[1:]))
+        _all_to_all(returned, lent, halo.send_counts, halo.receive_counts, halo.group)
+        owned = gradient[..., : halo.owned, :].clone()
+        # A rank asks for a row once, so that no index occurs twice in one index_add_: the order of sums is fixed.
+        parts = zip(torch.split(halo.send, halo.send_counts), torch.split(returned, halo.send_counts), strict=True)
+        for index, part in parts:
+            owned.movedim(-2, 0).index_add_(0, index, part)
+        return owned, None
+
+
+def _all_to_all(
+    received: Tensor,
+    sent: Tensor,
+    receive_counts: tuple[int, ...],
+    send_counts: tuple[int, ...],
+    group: dist.ProcessGroup | None,
+) -> None:
+    dist.all_to_all_single(received, sent, list(receive_counts), list(send_counts), group=group)
+
+
+def _check_group(group: dist.ProcessGroup | None, ranks: int, rank: int | None = None) -> None:
+    """TopologyError unless the group has `ranks` ranks, and this is `rank` of them; one rank needs no group."""
+    if rank is not None and not 0 <= rank < ranks:
+        raise TopologyError(f"rank {rank} is not in a model group of {ranks}. Ranks count from 0.")
+    if ranks == 1:
+        return
+    ready = dist.is_available() and dist.is_initialized()
+    size = dist.get_world_size(group) if ready else 1
+    if size != ranks:
+        raise TopologyError(
+            f"the halo is for {ranks} ranks, the process group has {size}. Give the model group, and build the halo "
+            "anew when it changes."
+        )
+    if rank is not None and dist.get_rank(group) != rank:
+        raise TopologyError(
+            f"this is rank {dist.get_rank(group)} of its group, not {rank}. Give its place in the group."
+        )
