@@ -178,7 +178,8 @@ class _Exchange(torch.autograd.Function):
         _all_to_all(returned, lent, halo.send_counts, halo.receive_counts, halo.group)
         owned = gradient[..., : halo.owned, :].clone()
         # A rank asks for a row once, so that no index occurs twice in one index_add_: the order of sums is fixed.
-        parts = zip(torch.split(halo.send, halo.send_counts), torch.split(returned, halo.send_counts), strict=True)
+        counts = list(halo.send_counts)
+        parts = zip(torch.split(halo.send, counts), torch.split(returned, counts), strict=True)
         for index, part in parts:
             owned.movedim(-2, 0).index_add_(0, index, part)
         return owned, None
