@@ -483,7 +483,7 @@ def test_threads_end_with_their_loader(many):
 
     others = reading()
     loader = ShardedDataLoader(open_dataset(many.path), threads=3)
-    assert reading() == others
+    assert not reading() - others  # those of other tests' loaders may end meanwhile
     batch = next(iter(loader))
     mine = reading() - others
     assert len(mine) == 3
