@@ -23,9 +23,9 @@ from shardio.layout import ArrayLayout
 SMALLEST_TASK = 32 * 2**20
 # Dates written piece by piece keep their files open.
 MOST_OPEN_FILES = 256
-# Encoded chunks of one Zarr shard, beyond one per thread: one that is being written, one that waits its turn. Without
-# them threads wait for the file (o1280, 2 threads: 8 % slower).
-ENCODED_AHEAD = 2
+# Encoded chunks of one Zarr shard, beyond one per thread: the one that is being written. Without it threads wait for
+# the file (o1280, 2 threads: 5 % slower at best); each costs the memory of a grid-chunk per task in flight.
+ENCODED_AHEAD = 1
 
 
 @dataclass(frozen=True)

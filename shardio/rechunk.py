@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardio import output, statistics
+from shardio.allocator import keep_freed_memory
 from shardio.codec import named
 from shardio.errors import OutputError, ShardioError
 from shardio.job import Job, WrittenDate, partial_of, sweep_published
@@ -53,6 +54,7 @@ class Request:
 
     def open_source(self) -> Source:
         """The source, in whatever process this runs."""
+        keep_freed_memory()  # from here on: coordinates are read and hashed, and every chunk is encoded into new bytes
         return self.opener() if self.opener else open_source(self.source, self.selection, self.fill_absent)
 
 

@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardio import statistics
-from shardio.allocator import keep_freed_memory
 from shardio.codec import crc32c
 from shardio.layout import ArrayLayout
 from shardio.plan import ENCODED_AHEAD
@@ -44,7 +43,6 @@ class ChunkWriter:
         self.folder, self.layout, self.threads = folder, layout, threads
         self._sync, self._with_moments = sync, with_moments
         self._scratch = Scratch()
-        keep_freed_memory()  # each chunk is encoded into bytes of its own
 
     def open_date(self, date: int) -> ChunkFiles | ZarrShard:
         """A writer for the chunks of one date, given in order of cells."""
