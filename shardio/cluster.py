@@ -100,7 +100,7 @@ def _client(request: Request, plan: Plan, stack: ExitStack) -> Any:
             threads_per_worker=plan.in_flight,
             processes=True,
             memory_limit=0,
-            dashboard_address=None,
+            dashboard_address="127.0.0.1:0",  # any free port: a taken one costs a warning and a socket
         )
     )
     return stack.enter_context(open_client(cluster))

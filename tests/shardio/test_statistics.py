@@ -64,7 +64,15 @@ def test_output_of_a_source_without_statistics_holds_those_of_numpy(zarr_format,
     )
     before = {}
     for n, memory, workers in ((5, 4 * 2**30, None), (5, 100_000, None), (1, 4 * 2**30, None), (211, 2**30, 2)):
-        rechunk(source.path, tmp_path / "b.zarr", n, max_memory=memory, workers=workers, overwrite=True)
+        rechunk(
+            source.path,
+            tmp_path / "b.zarr",
+            n,
+            max_memory=memory,
+            workers=workers,
+            zarr_format=zarr_format,
+            overwrite=True,
+        )
         arrays, attributes = opened(tmp_path / "b.zarr")
         assert_equal(arrays, source.expected.transpose(1, 0, 2, 3).reshape(4, -1))
         assert attributes["statistics_end_date"] == str(source.dates[-1])
