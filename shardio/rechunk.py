@@ -265,7 +265,7 @@ def _check_apart(source: Path, destination: Path) -> None:
 
 
 def _check_unchanged(prepared: Prepared) -> None:
-    if prepared.request.open_source().fingerprint() != prepared.fingerprint:
+    if prepared.source.fingerprint() != prepared.fingerprint:
         raise OutputError(
             f"{prepared.request.source} changed while it was read. Run again with --overwrite once it is at rest."
         )

@@ -89,7 +89,7 @@ class Source(Protocol):
         """Arrays that travel along."""
 
     def fingerprint(self) -> str:
-        """Changes whenever metadata or the size of any stored chunk changes."""
+        """Of what is there now: changes whenever metadata or the size of any stored chunk changes."""
 
     def read(self, dates: slice, cells: slice, out: NDArray[np.float32], pool: Executor | None = None) -> None:
         """Fill `out` [date, variable, ensemble, cell] with selected dates and variables."""
@@ -176,12 +176,13 @@ class AnemoiSource:
         return self._reader
 
     def fingerprint(self) -> str:
-        digest = sha256(repr(self._metadata).encode())
-        digest.update(repr(self.attributes).encode())
-        for name, size in self._store.sizes("data").items():
-            digest.update(f"{name}:{size};".encode())
-        for values in (self.dates, self.latitudes, self.longitudes):
-            digest.update(values.tobytes())
+        # Read anew: this is asked again at the end of a run, whether the source changed meanwhile.
+        store, digest = self._store, sha256()
+        digest.update(repr((array_metadata(store, "data"), group_attributes(store))).encode())
+        for folder in ("data", "dates", "latitudes", "longitudes"):
+            digest.update(repr(store.sizes(folder)).encode())
+        for name in store.sizes("dates"):
+            digest.update(store.get(f"dates/{name}") or b"")
         return digest.hexdigest()
 
     def stored_files(self) -> dict[str, int]:
