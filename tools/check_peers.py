@@ -233,7 +233,8 @@ def _unequal(ours: Any, theirs: Any) -> str:
         if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
             return f"{ours.dtype} {list(ours.shape)} instead of {theirs.dtype} {list(theirs.shape)}"
         same = np.array_equal(ours, theirs, equal_nan=theirs.dtype.kind == "f")
-        return "" if same else f"{int((ours != theirs).sum())} values differ"
+        either = ~((ours != ours) & (theirs != theirs))  # not NaN in both
+        return "" if same else f"{int(((ours != theirs) & either).sum())} values differ"
     return "" if ours is not None and ours == theirs else f"{ours!r} instead of {theirs!r}"
 
 
