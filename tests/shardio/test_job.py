@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import time
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
@@ -47,13 +48,19 @@ def uninterrupted(source, process, tree, tmp_path_factory):
     return found
 
 
+def written_at(destination, pattern):
+    """Files of `data` that have their name, with the time they were written; the run may rename them meanwhile."""
+    found = {}
+    for file in partial_of(destination).glob(f"dataset-*/data/{pattern}"):
+        with suppress(FileNotFoundError):
+            found[file.name] = file.stat().st_mtime_ns
+    return {name: when for name, when in found.items() if not name.endswith(".tmp")}
+
+
 def stored_dates(destination):
     """Files of chunks that are there, with the time they were written."""
-    return {
-        file.name: file.stat().st_mtime_ns
-        for file in partial_of(destination).glob("dataset-*/data/*")
-        if file.name[0] != "." and file.suffix != ".tmp" and file.name != "zarr.json"
-    }
+    files = written_at(destination, "*")
+    return {name: when for name, when in files.items() if name[0] != "." and name != "zarr.json"}
 
 
 def wait_for(running, destination, files):
@@ -65,7 +72,7 @@ def wait_for(running, destination, files):
 def wait_for_begin(running, destination, before):
     """Until the run has written the metadata of `data` (again), or is over; gives what to wait for the next time."""
     while True:
-        now = {file: file.stat().st_mtime_ns for file in partial_of(destination).glob("dataset-*/data/*z*r*")}
+        now = written_at(destination, "*z*r*")
         if now != before or running.poll() is not None:
             return now
         time.sleep(0.001)
