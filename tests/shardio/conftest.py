@@ -1,6 +1,7 @@
 """Datasets to cut, small and uneven; shardio as a function, as a command, and on one dask cluster."""
 
 import os
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -227,7 +228,9 @@ def begin():
     """`begin(*words)`: the installed command, left running."""
 
     def begin(*words: Any, **more: Any) -> subprocess.Popen[str]:
-        silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+        silent: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+        # A shell that runs the tests in its background has them, and all they start, ignore interrupts.
+        silent["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
         return subprocess.Popen([SHARDIO, *map(str, words)], **(silent | more))
 
     return begin
