@@ -94,7 +94,7 @@ class ShardedBatch:
             if self.reading.exchanges:
                 raise ShardioError(
                     "the ranks of the model group read each other's cells. Give the loader their process group "
-                    "(group=...), or call shardio.redistribute(batch, group)."
+                    "(group=...), or call shardio.redistribute.redistribute(batch, group)."
                 )
             self._fields = self._view() if self._is_one_piece() else self._assemble(torch.device("cpu"))
         return self._fields

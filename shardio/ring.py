@@ -149,6 +149,12 @@ class Ring:
         self._longest = 0
         for turn in range(reading.topology.model_size):  # dates beyond that repeat
             self._longest = max(self._longest, self._add_layout(reading.chunks_read(turn, reading.topology.model_rank)))
+        places = [place for layout in self._layouts.values() for part in layout for place in part]
+        if verify and not all(place.direct for place in places):
+            raise ChunkError(
+                "verify=True needs datasets of equal grid-chunks in local files: these cannot be checked by chunk. "
+                "Rechunk them alike, or use verify=False and `shardio verify`."
+            )
         self._checksums = {id(part): _checksums(part) for part in dataset.parts} if verify else {}
 
     def lease(self, date: int) -> Lease:
