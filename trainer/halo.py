@@ -136,7 +136,7 @@ def _ask(
 
 
 def exchange(owned: Tensor, halo: Halo) -> Tensor:
-    """Forward: fetch halo rows from their owners. Backward: return their gradients and add them, in rank order.
+    """Forward: fetch halo rows from their owners. Backward: return their gradients, and add the sum over the borrowers.
 
     All ranks of the group call it together, also those that need nothing or are asked for nothing. On one rank it
     returns `owned` itself.
@@ -148,41 +148,52 @@ def exchange(owned: Tensor, halo: Halo) -> Tensor:
     Returns: [..., nodes/M + halo, channels]; owned rows first, halo rows by owner, then by id.
     Raises: TopologyError if `halo` was built for another group size or another number of owned rows.
     """
+    if halo.ranks == 1:
+        _check_rows(owned, halo)
+        return owned
+    return torch.cat([owned, fetch(owned, halo)], dim=-2)
+
+
+def fetch(owned: Tensor, halo: Halo) -> Tensor:
+    """The halo rows of `exchange` alone, [..., halo, channels]: what to keep where a layer is computed twice."""
+    _check_rows(owned, halo)
+    if halo.ranks == 1:
+        return owned[..., :0, :]
+    _check_group(halo.group, halo.ranks)
+    fetched: Tensor = _Fetch.apply(owned, halo)  # type: ignore[no-untyped-call]
+    return fetched
+
+
+def _check_rows(owned: Tensor, halo: Halo) -> None:
     if owned.ndim < 2 or owned.shape[-2] != halo.owned:
         raise TopologyError(
             f"owned has shape {tuple(owned.shape)}, but the halo was built for [..., {halo.owned}, channels]. "
             "Build one halo for each node set and cut."
         )
-    if halo.ranks == 1:
-        return owned
-    _check_group(halo.group, halo.ranks)
-    exchanged: Tensor = _Exchange.apply(owned, halo)  # type: ignore[no-untyped-call]
-    return exchanged
 
 
-class _Exchange(torch.autograd.Function):
+class _Fetch(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, owned: Tensor, halo: Halo) -> Tensor:
         ctx.halo = halo
         rows = owned.movedim(-2, 0).index_select(0, halo.send).contiguous()
         received = rows.new_empty((sum(halo.receive_counts), *rows.shape[1:]))
         _all_to_all(received, rows, halo.receive_counts, halo.send_counts, halo.group)
-        return torch.cat([owned, received.movedim(0, -2)], dim=-2)
+        return received.movedim(0, -2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         halo: Halo = ctx.halo
-        lent = gradient[..., halo.owned :, :].movedim(-2, 0).contiguous()
+        lent = gradient.movedim(-2, 0).contiguous()
         returned = lent.new_empty((sum(halo.send_counts), *lent.shape[1:]))
         _all_to_all(returned, lent, halo.send_counts, halo.receive_counts, halo.group)
-        owned = gradient[..., : halo.owned, :].clone()
+        owned = lent.new_zeros((halo.owned, *lent.shape[1:]))
         # A rank asks for a row once, so that no index occurs twice in one index_add_: the order of sums is fixed.
         counts = list(halo.send_counts)
-        parts = zip(torch.split(halo.send, counts), torch.split(returned, counts), strict=True)
-        for index, part in parts:
-            owned.movedim(-2, 0).index_add_(0, index, part)
-        return owned, None
+        for index, part in zip(torch.split(halo.send, counts), torch.split(returned, counts), strict=True):
+            owned.index_add_(0, index, part)
+        return owned.movedim(0, -2), None
 
 
 def _all_to_all(

@@ -228,7 +228,7 @@ def test_gradients_of_a_row_that_all_ranks_borrow_are_added_the_same_way_each_ti
     cut = Cut([1, 2, 2, 2], [[0], [0], [0], [0]], (), seed=1)
     first, second = (run(exchange_and_back, cut.arguments()) for _ in range(2))
     back = [cotangent[np.flatnonzero(rows == 0)[0]] for cotangent, rows in zip(cut.cotangents, cut.rows, strict=True)]
-    assert np.array_equal(first[0]["gradients"][0][0], ((back[0] + back[1]) + back[2]) + back[3])
+    assert np.array_equal(first[0]["gradients"][0][0], back[0] + ((back[1] + back[2]) + back[3]))
     assert np.array_equal(first[0]["gradients"][0], second[0]["gradients"][0])
 
 
