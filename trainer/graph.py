@@ -12,28 +12,25 @@ While it builds, a rank holds the hidden mesh and its processor edges whole, but
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
-import zipfile
-import zlib
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import scipy
 from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
-from shardio.errors import OutputError, PlanError, TopologyError
+from shardio.errors import PlanError, TopologyError
 from shardio.partition import Partition
+from trainer import graph_cache
+from trainer.graph_cache import Arrays, cache_path
 from trainer.grid import Float64, Frames, Int64, Mesh, build_mesh, check_places, dot, mesh_nodes
 
 BLOCK_CELLS = 2**16
 DECODER_NEIGHBOURS = 3
 PROCESSORS = ("knn", "mesh", "multiscale")
-CACHE_FORMAT = 1  # raise it with every change to what is built
+PARTS = ("encoder", "processor", "decoder")
 
 
 @dataclass(frozen=True)
@@ -153,12 +150,29 @@ def build_graph(
         raise TopologyError(f"rank {rank} is not in a model group of {cells.ranks}. Ranks count from 0.")
     if cache is None:
         return _build(latitudes, longitudes, cells, rank, options)
-    path = _cache_path(Path(cache), latitudes, longitudes, (cells, rank, options))
-    graph = _load(path, cells, rank)
-    if graph is None:
-        graph = _build(latitudes, longitudes, cells, rank, options)
-        _save(path, graph)
+    path = cache_path(Path(cache), (latitudes, longitudes), (cells, rank, options))
+    kept = graph_cache.load(path, [*_OWN, *(f"{part}_{name}" for part in PARTS for name in _OF_EDGES)])
+    if kept is not None:
+        return _from_arrays(kept, cells, rank)
+    graph = _build(latitudes, longitudes, cells, rank, options)
+    graph_cache.save(path, _as_arrays(graph))
     return graph
+
+
+_OWN = ("hidden_bounds", "cell_coordinates", "hidden_coordinates")
+_OF_EDGES = ("source", "destination", "features", "destinations")
+
+
+def _as_arrays(graph: Graph) -> Arrays:
+    edges = {f"{part}_{name}": getattr(getattr(graph, part), name) for part in PARTS for name in _OF_EDGES}
+    return {name: np.asarray(getattr(graph, name)) for name in _OWN} | edges
+
+
+def _from_arrays(arrays: Arrays, cells: Partition, rank: int) -> Graph:
+    bounds, *places = (arrays[name] for name in _OWN)
+    parts = ([arrays[f"{part}_{name}"] for name in _OF_EDGES] for part in PARTS)
+    edges = [Edges(source, destination, features, int(count)) for source, destination, features, count in parts]
+    return Graph(rank, cells, tuple(bounds.tolist()), *places, *edges)
 
 
 def _build(latitudes: Float64, longitudes: Float64, cells: Partition, rank: int, options: GraphOptions) -> Graph:
@@ -335,48 +349,3 @@ def _equal_work(work: Int64, ranks: int) -> tuple[int, ...]:
 def _edges(source: Int64, destination: Int64, features: Float64, owned: slice) -> Edges:
     order = np.lexsort((source, destination))
     return Edges(source[order], destination[order], features[order].astype(np.float32), int(owned.stop - owned.start))
-
-
-# -------------------------------------------------------------------------------------------------------------- cache
-def _cache_path(folder: Path, latitudes: Float64, longitudes: Float64, inputs: tuple[object, ...]) -> Path:
-    """Other versions of numpy and SciPy may round, or break ties, otherwise."""
-    digest = hashlib.sha256(repr((CACHE_FORMAT, np.__version__, scipy.__version__, *inputs)).encode())
-    for coordinates in (latitudes, longitudes):
-        digest.update(np.ascontiguousarray(coordinates, np.float64))
-    return folder / f"graph-{digest.hexdigest()[:32]}.npz"
-
-
-_ARRAYS = ("hidden_bounds", "cell_coordinates", "hidden_coordinates")
-_EDGE_ARRAYS = ("source", "destination", "features", "destinations")
-
-
-def _save(path: Path, graph: Graph) -> None:
-    """Under another name first: what has the right name is whole."""
-    arrays = {name: getattr(graph, name) for name in _ARRAYS}
-    for part in ("encoder", "processor", "decoder"):
-        arrays |= {f"{part}_{name}": getattr(getattr(graph, part), name) for name in _EDGE_ARRAYS}
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            np.savez(file, **arrays)
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            partial.unlink()
-        raise OutputError(
-            f"the graph cannot be kept in {path.parent}: {error}. Free space, or cache elsewhere."
-        ) from error
-
-
-def _load(path: Path, cells: Partition, rank: int) -> Graph | None:
-    """None if there is no such file or it is damaged (each array has a checksum): then build anew."""
-    try:
-        with np.load(path) as file:
-            bounds, *places = (file[name] for name in _ARRAYS)
-            parts = [[file[f"{part}_{name}"] for name in _EDGE_ARRAYS] for part in ("encoder", "processor", "decoder")]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
-        return None
-    edges = [Edges(source, destination, features, int(count)) for source, destination, features, count in parts]
-    return Graph(rank, cells, tuple(bounds.tolist()), *places, *edges)
