@@ -56,7 +56,7 @@ class Bucket:
 
 @dataclass(frozen=True, eq=False)
 class EdgeLists:
-    """Edges by destination and by source, built once, shared by all layers and steps; nothing in a step depends on data.
+    """Edges by destination and by source, built once, shared by all layers; nothing in a step depends on data.
 
     Attributes:
       sources, destinations: number of nodes at which edges may start and end.
@@ -207,7 +207,9 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, out: Tensor, carried: Tensor) -> tuple[Tensor | None, ...]:
         with torch.autocast(out.device.type, enabled=False):
-            return *_backward(*ctx.saved_tensors, out, carried, ctx.lists), None, None
+            query, key, value, tilt, features, offset = ctx.saved_tensors
+            gradients = _backward(query, key, value, tilt, features, offset, out, carried, ctx.lists)
+        return *gradients, None, None
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
