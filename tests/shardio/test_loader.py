@@ -554,3 +554,18 @@ def test_verify_needs_checksums(tmp_path):
     source = write_source(tmp_path / "plain.zarr", noise((3, 1, 1, 9)), chunks=(1, 1, 1, 2))
     with pytest.raises(ChunkError, match="carries no checksums"):
         ShardedDataLoader(open_dataset(source.path), verify=True)
+
+
+def test_verify_of_joined_datasets_of_different_grid_chunks_is_refused_with_the_remedy(folder):
+    values = noise((6, 2, 1, 101))
+    left = write_source(folder / "verify-left.source.zarr", values[:, :1], names=["v_0"])
+    right = write_source(folder / "verify-right.source.zarr", values[:, 1:], names=["v_1"])
+    four = cut(left, folder / "verify-4.zarr", 4, 2)
+    for chunks, equal in ((4, True), (5, False)):
+        other = cut(right, folder / f"verify-right-{chunks}.zarr", chunks, 2)
+        joined = open_dataset([four.path, other.path])
+        if equal:
+            assert len(list(quiet(joined, verify=True))) == 5
+            continue
+        with pytest.raises(ChunkError, match=r"equal grid-chunks.*Rechunk them alike, or use verify=False"):
+            quiet(joined, verify=True)
