@@ -187,7 +187,7 @@ def attend(
     if torch.is_autocast_enabled(kind) and dtype == torch.float32:
         dtype = torch.get_autocast_dtype(kind)
     attended: tuple[Tensor, Tensor] = _Attention.apply(
-        query.to(dtype), key.to(dtype), value.to(dtype), tilt.to(dtype), features, lists
+        *(tensor.to(dtype).contiguous() for tensor in (query, key, value, tilt)), features, lists
     )  # type: ignore[no-untyped-call]
     return attended
 
@@ -208,7 +208,9 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, out: Tensor, carried: Tensor) -> tuple[Tensor | None, ...]:
         with torch.autocast(out.device.type, enabled=False):
             query, key, value, tilt, features, offset = ctx.saved_tensors
-            gradients = _backward(query, key, value, tilt, features, offset, out, carried, ctx.lists)
+            gradients = _backward(
+                query, key, value, tilt, features, offset, out.contiguous(), carried.contiguous(), ctx.lists
+            )
         return *gradients, None, None
 
 

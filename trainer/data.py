@@ -1,0 +1,157 @@
+"""`ForecastDataModule`: training and validation dates of a dataset, loaded by shards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from numpy.typing import NDArray
+from torch import Tensor
+
+from shardio import Dataset, Partition, ShardedBatch, ShardedDataLoader, Topology, open_dataset
+from shardio.errors import SelectionError
+from shardio.partition import partition
+from trainer.strategy import DDPGroupStrategy
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch on the device.
+
+    Attributes:
+      fields: [batch, time, ensemble, cells/M, variables], in the units of the dataset.
+      dates: datetime64[s] [batch, time].
+      padding: bool [batch], samples that only fill up the last batch of an epoch.
+    """
+
+    fields: Tensor
+    dates: NDArray[np.datetime64]
+    padding: NDArray[np.bool_]
+
+
+class ForecastDataModule(L.LightningDataModule):
+    """Windows of input and target dates.
+
+    Args:
+      dataset: path of a dataset; best with as many grid-chunks as ranks read it, or a multiple (shardio rechunk).
+      train_start, train_end: first and last date of training, both included; 2020, 2020-03 or 2020-03-01T06:00.
+      val_start, val_end: of validation; without them there is no validation.
+      frequency: a coarser step than the dataset's, such as 12h.
+      select, drop: variables to keep, or to leave out.
+      batch_size: samples per model group and step.
+      input_steps: dates that the model is given.
+      seed: of the order of samples; it depends on nothing else, least of all on the number of ranks.
+      keep_batch_sharded: every rank loads only its own cells; false loads all cells on every rank.
+      prefetch: batches read ahead.
+      threads: that read and decode, per rank. Default: the cores of the rank.
+      verify: compare every chunk with its recorded checksum.
+    """
+
+    def __init__(
+        self,
+        dataset: str,
+        train_start: str | None = None,
+        train_end: str | None = None,
+        val_start: str | None = None,
+        val_end: str | None = None,
+        frequency: str | None = None,
+        select: list[str] | None = None,
+        drop: list[str] | None = None,
+        batch_size: int = 1,
+        input_steps: int = 1,
+        seed: int = 0,
+        keep_batch_sharded: bool = True,
+        prefetch: int = 3,
+        threads: int | None = None,
+        verify: bool = False,
+    ):
+        super().__init__()
+        self.path, self.batch_size, self.input_steps, self.seed = dataset, batch_size, input_steps, seed
+        self.keep_batch_sharded = keep_batch_sharded
+        self._read = {"prefetch": prefetch, "threads": threads, "verify": verify}
+        self._chosen = {"frequency": frequency, "select": select, "drop": drop}
+        self._train_dates, self._val_dates = (train_start, train_end), (val_start, val_end)
+        self._opened: dict[tuple[str | None, str | None], Dataset] = {}
+
+    @property
+    def dataset(self) -> Dataset:
+        """The training dates."""
+        return self._open(self._train_dates)
+
+    @property
+    def validation(self) -> Dataset | None:
+        """The validation dates; None where none are given."""
+        return self._open(self._val_dates) if any(self._val_dates) else None
+
+    @property
+    def topology(self) -> Topology:
+        """Where this rank stands, by the trainer's strategy."""
+        return self._strategy.topology
+
+    @property
+    def partition(self) -> Partition:
+        """Who owns which cells."""
+        return partition(self.dataset.shape[3], self.topology.model_size, self.dataset.chunk_cells)
+
+    @property
+    def cells(self) -> slice:
+        """The cells that this rank owns."""
+        return self.partition.cells(self.topology.model_rank)
+
+    def train_dataloader(self) -> ShardedDataLoader:
+        return self._loader(self.dataset, self._module.rollout.maximum, shuffle=True)
+
+    def val_dataloader(self) -> ShardedDataLoader | list[ShardedDataLoader]:
+        if self.validation is None:
+            return []
+        return self._loader(self.validation, self._module.validation_steps, shuffle=False)
+
+    def transfer_batch_to_device(self, batch: ShardedBatch, device: torch.device, dataloader_idx: int) -> Batch:
+        """Without keep_batch_sharded all cells arrived: from here on the rank keeps its own only."""
+        fields = batch.to(device)
+        if not self.keep_batch_sharded:
+            fields = fields[..., self.cells, :]
+        return Batch(fields, batch.dates, batch.padding)
+
+    def _open(self, dates: tuple[str | None, str | None]) -> Dataset:
+        if dates not in self._opened:
+            self._opened[dates] = open_dataset(self.path, start=dates[0], end=dates[1], **self._chosen)  # type: ignore[arg-type]
+        return self._opened[dates]
+
+    def _loader(self, dataset: Dataset, target_steps: int, shuffle: bool) -> ShardedDataLoader:
+        kind = "training" if shuffle else "validation"
+        try:
+            return ShardedDataLoader(
+                dataset,
+                self.topology,
+                batch_size=self.batch_size,
+                input_steps=self.input_steps,
+                target_steps=target_steps,
+                shuffle=shuffle,
+                seed=self.seed,
+                drop_last=shuffle,
+                keep_batch_sharded=self.keep_batch_sharded,
+                group=self._strategy.model_group,
+                device=self._strategy.root_device,
+                **self._read,  # type: ignore[arg-type]
+            )
+        except SelectionError as error:
+            raise SelectionError(
+                f"{kind} dates {dataset.dates[0]} to {dataset.dates[-1]}, windows of {self.input_steps} + "
+                f"{target_steps}: {error}"
+            ) from error
+
+    @property
+    def _strategy(self) -> DDPGroupStrategy:
+        if self.trainer is None or not isinstance(self.trainer.strategy, DDPGroupStrategy):
+            raise MisconfigurationException("ForecastDataModule needs a Trainer with strategy=DDPGroupStrategy(...).")
+        return self.trainer.strategy
+
+    @property
+    def _module(self) -> Any:
+        assert self.trainer is not None
+        return self.trainer.lightning_module

@@ -1,0 +1,244 @@
+"""`ForecastModule`: what Lightning trains. The numbers are made elsewhere; here they are put in order."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import shardio
+from shardio.dates import format_step
+from shardio.errors import DatasetError, PlanError
+from trainer.data import Batch, ForecastDataModule
+from trainer.forecaster import Forecaster, Roles
+from trainer.graph import GraphOptions, build_graph
+from trainer.grid import cell_areas
+from trainer.loss import AreaLoss, Loss, LossOptions, variable_weights
+from trainer.metrics import ErrorSums
+from trainer.model import ModelOptions
+from trainer.optimizer import OptimizerOptions, build_optimizer
+from trainer.sharded_graph import shard_graph
+from trainer.strategy import DDPGroupStrategy
+from trainer.tendencies import relative_tendencies
+
+
+@dataclass(frozen=True)
+class RolloutOptions:
+    """How many steps the loss looks ahead.
+
+    Attributes:
+      start: steps in the first epoch.
+      maximum: steps in the end.
+      epochs_per_increment: epochs after which one more step is added.
+    """
+
+    start: int = 1
+    maximum: int = 1
+    epochs_per_increment: int = 1
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.start <= self.maximum or self.epochs_per_increment < 1:
+            raise PlanError(
+                f"rollout from {self.start} to {self.maximum} steps, one more every {self.epochs_per_increment} epochs "
+                "is not possible. Use 1 <= start <= maximum, and epochs_per_increment of 1 or more."
+            )
+
+    def steps(self, epoch: int) -> int:
+        """In this epoch."""
+        return min(self.start + epoch // self.epochs_per_increment, self.maximum)
+
+
+class ForecastModule(L.LightningModule):
+    """An encoder-processor-decoder forecast model on sharded fields.
+
+    Args:
+      forcings: variables given to the model at all times, not forecast.
+      diagnostics: variables forecast, not given to the model.
+      allow_nan: variables that may be NaN: not counted in the loss, and the mean for the model. NaN in any other
+        variable stops the training.
+      graph: hidden mesh and edges.
+      network: size of the model.
+      loss: how errors are weighed.
+      optimizer: AdamW and its learning rate.
+      rollout: steps that the loss looks ahead.
+      validation_steps: steps that validation looks ahead.
+      graph_cache: folder that keeps built graphs; none by default.
+    """
+
+    def __init__(
+        self,
+        forcings: list[str] | None = None,
+        diagnostics: list[str] | None = None,
+        allow_nan: list[str] | None = None,
+        graph: GraphOptions = GraphOptions(),  # noqa: B008 (frozen)
+        network: ModelOptions = ModelOptions(),  # noqa: B008
+        loss: LossOptions = LossOptions(),  # noqa: B008
+        optimizer: OptimizerOptions = OptimizerOptions(),  # noqa: B008
+        rollout: RolloutOptions = RolloutOptions(),  # noqa: B008
+        validation_steps: int = 1,
+        graph_cache: str | None = None,
+    ):
+        super().__init__()
+        self.forcings, self.diagnostics = tuple(forcings or ()), tuple(diagnostics or ())
+        self.allow_nan = tuple(allow_nan or ())
+        self.graph_options, self.network_options, self.loss_options = graph, network, loss
+        self.optimizer_options, self.rollout, self.validation_steps = optimizer, rollout, validation_steps
+        self.graph_cache = graph_cache
+        self.forecaster: Forecaster | None = None
+
+    # -------------------------------------------------------------------------------------------------------- set-up
+    @property
+    def data(self) -> ForecastDataModule:
+        """The data module that this module is trained with."""
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        assert isinstance(data, ForecastDataModule)
+        return data
+
+    @property
+    def model_group(self) -> dist.ProcessGroup | None:
+        """The ranks that hold one model."""
+        assert isinstance(self.trainer.strategy, DDPGroupStrategy)
+        return self.trainer.strategy.model_group
+
+    def roles(self) -> Roles:
+        """Of the dataset's variables."""
+        return Roles(self.data.dataset.variables, self.forcings, self.diagnostics)
+
+    def configure_model(self) -> None:
+        """Build this rank's part of the graph, and the model on it: now the ranks know one another."""
+        if self.forecaster is not None:
+            return
+        dataset, device, roles = self.data.dataset, self.trainer.strategy.root_device, self.roles()
+        rank, cells = self.data.topology.model_rank, self.data.partition
+        places = dataset.latitudes, dataset.longitudes
+        graph = build_graph(*places, cells, rank, self.graph_options, self.graph_cache)
+        network = self.network_options
+        sharded = shard_graph(
+            graph, self.model_group, device, torch.get_default_dtype(), network.num_chunks, network.shard_strategy
+        )
+        relative = relative_tendencies(dataset, self.data.cells, self.model_group, device)
+        prognostic, outputs = len(roles.prognostic), roles.places(roles.outputs)
+        tendencies = np.where(np.arange(len(outputs)) < prognostic, relative[outputs], 1.0)
+        self.forecaster = Forecaster(roles, dataset.statistics, tendencies, self.data.input_steps, network, sharded)
+        weights = variable_weights(
+            roles.outputs, self.loss_options, dict(zip(roles.outputs, tendencies.tolist(), strict=True))
+        )
+        self.areas = torch.from_numpy(cell_areas(*places)[self.data.cells]).to(device, torch.get_default_dtype())
+        self.loss = AreaLoss(self.areas, self.areas.new_tensor(weights), self.loss_options, self.model_group)
+
+    def configure_optimizers(self) -> Any:
+        steps = int(self.trainer.estimated_stepping_batches)
+        effective = self.data.topology.effective_batch_size(self.data.batch_size) * self.trainer.accumulate_grad_batches
+        return build_optimizer(self.parameters(), self.optimizer_options, effective, steps)
+
+    # --------------------------------------------------------------------------------------------------------- steps
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Mean loss of the rollout: the same value on all ranks of the model group, the gradient of own cells."""
+        assert self.forecaster is not None
+        steps = self.rollout.steps(self.current_epoch)
+        fields = self.forecaster.normalise(batch.fields)
+        losses = [self.loss(*pair) for pair in self.forecaster.rollout(fields, steps)]
+        loss = torch.stack([one.value for one in losses]).mean()
+        if not torch.isfinite(loss):
+            self._explain(batch, losses)
+        self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=True, batch_size=len(batch.fields))
+        return loss
+
+    def _explain(self, batch: Batch, losses: list[Loss]) -> None:
+        """Stop, and say which date and variable brought what is not finite. All ranks of the group come here."""
+        assert self.forecaster is not None
+        roles = self.forecaster.roles
+        wrong = (~torch.isfinite(batch.fields)).sum(dim=(2, 3)).to(torch.int64)  # [batch, time, variables]
+        if self.model_group is not None:
+            dist.all_reduce(wrong, group=self.model_group)
+        wrong[..., roles.places(self.allow_nan)] = 0
+        found = wrong.nonzero().tolist()
+        if found:
+            sample, time, variable = found[0]
+            raise DatasetError(
+                f"{roles.variables[variable]} of {batch.dates[sample, time]} has {int(wrong[sample, time, variable])} "
+                "cells that are not finite, which would spoil the training. Leave the date or the variable out, or "
+                f"name the variable in --model.allow_nan if NaN means 'no value here'. Step {self.global_step}."
+            )
+        sums = torch.stack([one.sums for one in losses])
+        step, sample, _, output = (~torch.isfinite(sums)).nonzero()[0].tolist()
+        date = batch.dates[sample, self.forecaster.input_steps + step]
+        raise PlanError(
+            f"the forecast of {roles.outputs[output]} for {date} is not finite in step {self.global_step}, though its "
+            "input is: the training diverged. Lower --model.optimizer.learning_rate, or resume from an earlier "
+            "checkpoint with --trainer.gradient_clip_val 1."
+        )
+
+    def on_validation_epoch_start(self) -> None:
+        shape = self.validation_steps, len(self.roles().outputs)
+        self._errors, self._persistence = (ErrorSums(self.areas, shape) for _ in range(2))
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        assert self.forecaster is not None
+        model, counted = self.forecaster, torch.from_numpy(~batch.padding).to(batch.fields.device)
+        fields = model.normalise(batch.fields)
+        outputs = model.roles.places(model.roles.outputs)
+        now = fields[:, model.input_steps - 1][..., outputs]
+        for lead, (prediction, target) in enumerate(model.rollout(fields, self.validation_steps)):
+            self._errors.add(lead, (prediction - target) * model.stdev[outputs], counted)
+            self._persistence.add(lead, (now - target) * model.stdev[outputs], counted)
+
+    def on_validation_epoch_end(self) -> None:
+        errors, persistence = self._errors.root_mean_square(), self._persistence.root_mean_square()
+        roles, step = self.roles(), self.data.dataset.step
+        assert step is not None
+        prognostic = len(roles.prognostic)
+        for lead in range(self.validation_steps):
+            name = format_step((lead + 1) * step)
+            for variable, rmse, still in zip(roles.outputs, errors[lead], persistence[lead], strict=True):
+                self.log(f"val/rmse/{variable}/{name}", rmse)
+                self.log(f"val/persistence/{variable}/{name}", still)
+        skill = (errors / persistence)[:, :prognostic].nanmean()
+        self.log("val/rmse_over_persistence", skill, prog_bar=True)
+
+    # -------------------------------------------------------------------------------------------------- checkpoints
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """What a forecast needs to know beyond the weights, and what a resumed run needs: plain values only."""
+        assert self.forecaster is not None
+        checkpoint["shardio"] = {
+            "version": shardio.__version__,
+            "variables": list(self.forecaster.roles.variables),
+            "forcings": list(self.forcings),
+            "diagnostics": list(self.diagnostics),
+            "input_steps": self.forecaster.input_steps,
+            "step_seconds": self.data.dataset.step,
+            "graph": asdict(self.graph_options),
+            "network": asdict(self.network_options),
+        }
+        checkpoint["random"] = torch.get_rng_state()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse weights of other variables; go on with the same random numbers, and at the same place in the epoch."""
+        if "random" in checkpoint:
+            torch.set_rng_state(checkpoint["random"].cpu())
+        found, expected = checkpoint["shardio"]["variables"], list(self.roles().variables)
+        if found != expected:
+            raise DatasetError(
+                f"the checkpoint was trained on {', '.join(found)}, the dataset gives {', '.join(expected)}. "
+                "Select the same variables with --data.select."
+            )
+        if self.trainer.training:
+            _follow_the_data(checkpoint, self.data)
+
+
+def _follow_the_data(checkpoint: dict[str, Any], data: ForecastDataModule) -> None:
+    """Count the batches of the present epoch in those of the present topology: Lightning stops an epoch by count."""
+    loop = checkpoint["loops"]["fit_loop"]
+    (state,) = loop["state_dict"].get("combined_loader") or [None]
+    if state is None or state["cursor"] == 0:
+        return
+    per_step = data.topology.effective_batch_size(data.batch_size)
+    done = state["samples"] // per_step - (state["samples"] - state["cursor"]) // per_step
+    current = loop["epoch_loop.batch_progress"]["current"]
+    behind = current["ready"] - current["completed"]
+    current.update(ready=done, started=done, processed=done, completed=done - behind)

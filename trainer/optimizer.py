@@ -1,0 +1,77 @@
+"""AdamW, and how its learning rate follows the batch size and the training: warm-up, then half a cosine."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from shardio.errors import PlanError
+
+RULES = ("none", "linear", "sqrt")
+
+
+@dataclass(frozen=True)
+class OptimizerOptions:
+    """AdamW or SGD, and the learning rate.
+
+    Attributes:
+      name: adamw or sgd.
+      learning_rate: at its highest, of an effective batch of 1 if scaling is not none.
+      scaling: with the effective batch (samples per optimizer step over all ranks): none, linear or sqrt.
+      warmup_steps: steps in which it rises from 0.
+      final_fraction: of the learning rate, in the last step; 1 keeps it constant after warm-up.
+      weight_decay: of AdamW and SGD.
+      beta1, beta2: of AdamW.
+      momentum: of SGD.
+    """
+
+    name: str = "adamw"
+    learning_rate: float = 1e-3
+    scaling: str = "none"
+    warmup_steps: int = 0
+    final_fraction: float = 0.0
+    weight_decay: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.95
+    momentum: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, known in (("name", ("adamw", "sgd")), ("scaling", RULES)):
+            if getattr(self, name) not in known:
+                raise PlanError(f"optimizer {name} {getattr(self, name)!r} is unknown. Use one of: {', '.join(known)}.")
+        if not self.learning_rate > 0.0 or self.warmup_steps < 0:
+            raise PlanError(
+                f"learning_rate {self.learning_rate} and warmup_steps {self.warmup_steps} cannot be. "
+                "Use a learning rate above 0, and 0 steps or more."
+            )
+
+    def peak(self, effective_batch: int) -> float:
+        """Highest learning rate."""
+        scale = {"none": 1.0, "linear": float(effective_batch), "sqrt": math.sqrt(effective_batch)}
+        return self.learning_rate * scale[self.scaling]
+
+    def factor(self, step: int, steps: int) -> float:
+        """Of the highest learning rate, in a step of so many."""
+        if step < self.warmup_steps:
+            return (step + 1) / (self.warmup_steps + 1)
+        progress = min((step - self.warmup_steps) / max(steps - self.warmup_steps, 1), 1.0)
+        return self.final_fraction + (1.0 - self.final_fraction) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def build_optimizer(
+    parameters: Iterable[torch.nn.Parameter], options: OptimizerOptions, effective_batch: int, steps: int
+) -> dict[str, Any]:
+    """Optimizer and schedule, as Lightning takes them."""
+    rate = options.peak(effective_batch)
+    optimizer: torch.optim.Optimizer
+    if options.name == "adamw":
+        betas = options.beta1, options.beta2
+        optimizer = torch.optim.AdamW(parameters, lr=rate, betas=betas, weight_decay=options.weight_decay)
+    else:
+        optimizer = torch.optim.SGD(parameters, lr=rate, momentum=options.momentum, weight_decay=options.weight_decay)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: options.factor(step, steps))
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

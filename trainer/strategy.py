@@ -1,0 +1,90 @@
+"""`DDPGroupStrategy`: Lightning's DDP for models that span several ranks.
+
+world 4, num_gpus_per_model 2          ranks 0 1 hold one model, ranks 2 3 another
+forward, backward                      messages within the model group (halo.py)
+after backward                         one all-reduce over all ranks: sum over models, mean over data (gradients.py)
+optimizer                              the same step on every rank: weights stay equal without further messages
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor
+
+from shardio import Topology
+from trainer.checkpoint import AtomicCheckpointIO
+from trainer.gradients import broadcast_parameters, reduce_gradients
+
+
+class DDPGroupStrategy(DDPStrategy):
+    """Train one model on groups of ranks, data-parallel over the groups.
+
+    Works on CPU (gloo) and CUDA (nccl), launched by Lightning, torchrun or SLURM.
+
+    Args:
+      num_gpus_per_model: M, ranks that together hold one model; divides the world size. On CPU, processes.
+      read_group_size: R, ranks that together read one sample; divides M. Default M.
+      timeout_seconds: after which a rank gives up waiting for another.
+    """
+
+    strategy_name = "ddp_group"
+
+    def __init__(
+        self,
+        num_gpus_per_model: int = 1,
+        read_group_size: int | None = None,
+        timeout_seconds: float = 600.0,
+        **kwargs: Any,
+    ):
+        kwargs.setdefault("checkpoint_io", AtomicCheckpointIO())
+        super().__init__(timeout=timedelta(seconds=timeout_seconds), **kwargs)
+        self.num_gpus_per_model, self.read_group_size = num_gpus_per_model, read_group_size
+        self._groups: tuple[dist.ProcessGroup, ...] = ()
+        self._sync = True
+
+    @property
+    def topology(self) -> Topology:
+        """Where this rank stands. TopologyError if the groups do not fit the world."""
+        world = self.num_nodes * self.num_processes
+        return Topology(world, self.global_rank, self.num_gpus_per_model, self.read_group_size)
+
+    @property
+    def model_group(self) -> dist.ProcessGroup | None:
+        """The ranks that hold this rank's model; None for one rank."""
+        return self._groups[self.topology.rank // self.num_gpus_per_model] if self._groups else None
+
+    def setup_environment(self) -> None:
+        """Start the process group, then the model groups: every rank makes all groups, in the same order."""
+        size = self.num_gpus_per_model
+        world = self.topology.world_size
+        super().setup_environment()
+        if size > 1 and not self._groups:
+            firsts = range(0, world, size)
+            groups = [dist.new_group(list(range(first, first + size)), timeout=self._timeout) for first in firsts]
+            self._groups = tuple(groups)
+
+    def configure_ddp(self) -> None:
+        """No wrapper around the module: gradients are reduced in `post_backward`."""
+        assert self.model is not None
+        broadcast_parameters(parameter.data for parameter in self.model.parameters())
+
+    def post_backward(self, closure_loss: Tensor) -> None:
+        """Gradients of the whole, on all ranks."""
+        if self._sync and self.topology.world_size > 1:
+            assert self.lightning_module is not None
+            reduce_gradients(self.lightning_module.parameters(), self.topology.data_size)
+
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        """While gradients of several batches accumulate they stay on their rank."""
+        self._sync = False
+        try:
+            yield
+        finally:
+            self._sync = True
