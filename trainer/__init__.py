@@ -1,1 +1,20 @@
-"""trainer: sharded training of weather models on datasets that shardio reads."""
+"""trainer: forecast models on sharded fields; what every rank computes never depends on how the grid was cut."""
+
+from typing import Any
+
+__all__ = ["DDPGroupStrategy", "ForecastDataModule", "ForecastModule"]
+
+_HOMES = {"DDPGroupStrategy": "strategy", "ForecastDataModule": "data", "ForecastModule": "module"}
+
+
+def __getattr__(name: str) -> Any:
+    # Names are fetched when first used: `import trainer` itself costs no torch.
+    if name not in _HOMES:
+        raise AttributeError(f"module 'trainer' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"trainer.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -22,11 +22,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from shardio.errors import PlanError
+from trainer import attention_kernel
 
 Int64 = NDArray[np.int64]
 KERNELS = ("auto", "torch", "cpp")
 PADDING = 8  # of the places in a bucket, one in so many may be empty
-BLOCK = {"cpu": 2**19}  # numbers gathered at once: 2 MB of float32, what a core's cache holds
+BLOCK = {"cpu": 2**20}  # numbers gathered at once: 4 MB of float32, what the cache holds of each of a few arrays
 BLOCK_ELSEWHERE = 2**25  # few large kernels
 
 
@@ -53,6 +54,10 @@ class Bucket:
             empty = None if self.empty is None else self.empty[part]
             yield Bucket(self.nodes[part], self.ends[part], self.edges[part], empty)
 
+    def to(self, device: torch.device | str) -> Bucket:
+        empty = None if self.empty is None else self.empty.to(device)
+        return Bucket(self.nodes.to(device), self.ends.to(device), self.edges.to(device), empty)
+
 
 @dataclass(frozen=True, eq=False)
 class EdgeLists:
@@ -63,7 +68,7 @@ class EdgeLists:
       edges: number of edges.
       incoming: by destination; edges are counted as they were given.
       outgoing: by source; edges are counted in the order in which the tables of incoming list them, empty places too.
-      kernel: torch or cpp.
+      rows: for the compiled kernel, edges by destination and by source as offsets, ends, edges; None without it.
     """
 
     sources: int
@@ -71,7 +76,7 @@ class EdgeLists:
     edges: int
     incoming: tuple[Bucket, ...]
     outgoing: tuple[Bucket, ...]
-    kernel: str
+    rows: tuple[attention_kernel.Rows, attention_kernel.Rows] | None
 
     @staticmethod
     def build(
@@ -91,8 +96,6 @@ class EdgeLists:
           kernel: torch, cpp (for CPUs, compiled when first used), or auto: cpp where it can be had.
         Raises: PlanError if an edge ends at no node, or the kernel is unknown.
         """
-        if kernel not in KERNELS:
-            raise PlanError(f"attention kernel {kernel!r} is unknown. Use one of: {', '.join(KERNELS)}.")
         start, end = (np.asarray(torch.as_tensor(ids).cpu(), dtype=np.int64) for ids in (source, destination))
         if start.shape != end.shape or start.ndim != 1:
             raise PlanError(f"edges have sources {start.shape} and destinations {end.shape}. Give one each per edge.")
@@ -102,53 +105,81 @@ class EdgeLists:
                     f"edges have {name}s {ids.min()} to {ids.max()}, but there are {count}. Give local ids of the "
                     f"nodes at hand, or more {name}s."
                 )
-        incoming = _buckets(end, start, np.arange(end.size), end.size)
-        listed = [edges.ravel() for _, _, edges in incoming]
-        slots = np.concatenate([*listed, np.empty(0, np.int64)])
-        slot = np.empty(end.size + 1, np.int64)
-        slot[slots] = np.arange(slots.size)
-        outgoing = _buckets(start, end, slot[:-1], slots.size)
-        lists = [
-            tuple(_to(table, none, device) for table in tables)
-            for tables, none in ((incoming, end.size), (outgoing, slots.size))
-        ]
-        return EdgeLists(sources, destinations, end.size, lists[0], lists[1], "torch")
+        by_destination = _sort(end, start, np.arange(end.size), destinations)
+        tables = _tables(by_destination, end.size)
+        places = np.concatenate([*(table.edges.numpy().ravel() for table in tables), np.empty(0, np.int64)])
+        back = _tables(_sort(start, end, _positions(places, end.size), sources), places.size)
+        rows = None
+        if _is_compiled(kernel, torch.device(device)):
+            by_source = _sort(start, end, _positions(by_destination.edges, end.size), sources)
+            rows = by_destination.tensors(), by_source.tensors()
+        incoming, outgoing = (tuple(table.to(device) for table in part) for part in (tables, back))
+        return EdgeLists(sources, destinations, end.size, incoming, outgoing, rows)
 
 
-Table = tuple[Int64, Int64, Int64]
+def _is_compiled(kernel: str, device: torch.device) -> bool:
+    """Raises: PlanError if cpp is asked for and cannot be had."""
+    if kernel not in KERNELS:
+        raise PlanError(f"attention kernel {kernel!r} is unknown. Use one of: {', '.join(KERNELS)}.")
+    if kernel == "torch" or (kernel == "auto" and device.type != "cpu"):
+        return False
+    library, why = attention_kernel.load() if device.type == "cpu" else (None, f"it is for CPUs, not {device.type}")
+    if kernel == "cpp" and library is None:
+        raise PlanError(f"attention kernel cpp cannot be had: {why}. Use kernel auto or torch.")
+    return library is not None
 
 
-def _buckets(node: Int64, end: Int64, edge: Int64, none: int) -> list[Table]:
-    """Tables (nodes, ends, edges) of all nodes that have edges, widest first.
+@dataclass(frozen=True, eq=False)
+class _Sorted:
+    """Edges by node: those of node i are offsets[i] to offsets[i + 1] of ends (their other ends) and edges (ids)."""
 
-    From the widest down a bucket takes in nodes with fewer edges until one in PADDING of its places is empty: a few
+    offsets: Int64
+    ends: Int64
+    edges: Int64
+
+    def tensors(self) -> attention_kernel.Rows:
+        return attention_kernel.Rows(*(torch.from_numpy(array) for array in (self.offsets, self.ends, self.edges)))
+
+
+def _sort(node: Int64, end: Int64, edge: Int64, nodes: int) -> _Sorted:
+    order = np.argsort(node, kind="stable")
+    return _Sorted(np.searchsorted(node[order], np.arange(nodes + 1)), end[order], edge[order])
+
+
+def _positions(listed: Int64, edges: int) -> Int64:
+    """[edges], where in the list each edge is; empty places list the edge that does not exist."""
+    position = np.empty(edges + 1, np.int64)
+    position[listed] = np.arange(listed.size)
+    return position[:edges]
+
+
+def _tables(by_node: _Sorted, none: int) -> list[Bucket]:
+    """All nodes that have edges, in tables, widest first.
+
+    From the widest down a table takes in nodes with fewer edges until one in PADDING of its places is empty: a few
     tables, however many different numbers of edges there are.
     """
-    order = np.argsort(node, kind="stable")
-    nodes, first, degrees = np.unique(node[order], return_index=True, return_counts=True)
-    tables: list[Table] = []
-    widths, counts = np.unique(degrees, return_counts=True)
-    widths, counts = widths[::-1], counts[::-1]
-    at = 0
-    while at < widths.size:
-        rows, edges = np.cumsum(counts[at:]), np.cumsum(counts[at:] * widths[at:])
-        fits = (rows * widths[at] - edges) * PADDING <= rows * widths[at]
-        last = at + (int(np.argmin(fits)) if not fits.all() else fits.size) - 1
-        mine = np.flatnonzero((degrees <= widths[at]) & (degrees >= widths[last]))
-        place = np.minimum(np.arange(widths[at]), degrees[mine, None] - 1)
-        listed = order[first[mine, None] + place]
-        empty = np.arange(widths[at]) >= degrees[mine, None]
-        tables.append((nodes[mine], end[listed], np.where(empty, none, edge[listed])))
-        at = last + 1
+    degrees = np.diff(by_node.offsets)
+    widths, counts = (column[::-1] for column in np.unique(degrees[degrees > 0], return_counts=True))
+    tables = []
+    while widths.size:
+        width = widths[0]
+        places = np.cumsum(counts) * width
+        fitting = places - np.cumsum(counts * widths) <= places / PADDING
+        taken = widths.size if fitting.all() else int(np.argmin(fitting))
+        nodes = np.flatnonzero((degrees <= width) & (degrees >= widths[taken - 1]))
+        place, degree = np.arange(width), degrees[nodes, None]
+        listed = by_node.offsets[nodes, None] + np.minimum(place, degree - 1)
+        empty = place >= degree
+        edges = np.where(empty, none, by_node.edges[listed])
+        holes = torch.from_numpy(empty).unsqueeze(-1) if empty.any() else None
+        ends = torch.from_numpy(by_node.ends[listed])
+        tables.append(Bucket(torch.from_numpy(nodes), ends, torch.from_numpy(edges), holes))
+        widths, counts = widths[taken:], counts[taken:]
     return tables
 
 
-def _to(table: Table, none: int, device: torch.device | str) -> Bucket:
-    nodes, ends, edges = (torch.from_numpy(array).to(device) for array in table)
-    empty = (edges == none).unsqueeze(-1)
-    return Bucket(nodes, ends, edges, empty if bool(empty.any()) else None)
-
-
+@torch.compiler.disable  # a compiler would unroll all blocks; the linears around it are what it is good for
 def attend(
     query: Tensor, key: Tensor, value: Tensor, tilt: Tensor, features: Tensor, lists: EdgeLists
 ) -> tuple[Tensor, Tensor]:
@@ -182,6 +213,8 @@ def attend(
             raise PlanError(
                 f"{name} has shape {tuple(tensor.shape)}, not {shape}. Build one EdgeLists for each set of edges."
             )
+    if features.requires_grad:
+        raise PlanError("features want a gradient, but are taken as constant. Detach them, and learn the edge weights.")
     kind = query.device.type
     dtype = torch.promote_types(torch.promote_types(query.dtype, key.dtype), value.dtype)
     if torch.is_autocast_enabled(kind) and dtype == torch.float32:
@@ -192,13 +225,21 @@ def attend(
     return attended
 
 
+_Tensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, tilt: Tensor, features: Tensor, lists: EdgeLists
     ) -> tuple[Tensor, Tensor]:
+        query, key, value, tilt = (tensor.contiguous() for tensor in (query, key, value, tilt))
+        features = features.to(_wide(query.dtype)).contiguous()
         with torch.autocast(query.device.type, enabled=False):
-            out, carried, offset = _forward(query, key, value, tilt, features, lists)
+            if lists.rows is None or query.dtype not in attention_kernel.TYPES:
+                out, carried, offset = _forward(query, key, value, tilt, features, lists)
+            else:
+                out, carried, offset = attention_kernel.forward(query, key, value, tilt, features, lists.rows[0])
         ctx.lists = lists
         ctx.save_for_backward(query, key, value, tilt, features, offset)
         return out, carried
@@ -206,12 +247,12 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, out: Tensor, carried: Tensor) -> tuple[Tensor | None, ...]:
+        lists: EdgeLists = ctx.lists
+        tensors: _Tensors = *ctx.saved_tensors, out.contiguous(), carried.contiguous()
         with torch.autocast(out.device.type, enabled=False):
-            query, key, value, tilt, features, offset = ctx.saved_tensors
-            gradients = _backward(
-                query, key, value, tilt, features, offset, out.contiguous(), carried.contiguous(), ctx.lists
-            )
-        return *gradients, None, None
+            if lists.rows is None or out.dtype not in attention_kernel.TYPES:
+                return *_backward(*tensors, lists), None, None
+            return *attention_kernel.backward(*tensors, *lists.rows), None, None
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -241,18 +282,24 @@ def _logits(query: Tensor, key: Tensor, tilt: Tensor, features: Tensor, block: B
     return logits if block.empty is None else logits.masked_fill_(block.empty, -torch.inf)
 
 
-def _features(features: Tensor, like: Tensor) -> Tensor:
-    """With a row of zeros for the edge that an empty place has."""
-    return torch.nn.functional.pad(features.to(_wide(like.dtype)), (0, 0, 0, 1))
+def _blank(like: Tensor, buckets: tuple[Bucket, ...]) -> Tensor:
+    """Room for results of all nodes [batch, nodes, ...]: zeros if some nodes are in no bucket."""
+    filled = sum(len(bucket.nodes) for bucket in buckets) == like.shape[1]
+    return torch.empty_like(like) if filled else torch.zeros_like(like)
+
+
+def _pad(features: Tensor) -> Tensor:
+    """With a row of zeros for the edge that empty places have."""
+    return torch.nn.functional.pad(features, (0, 0, 0, 1))
 
 
 def _forward(
     query: Tensor, key: Tensor, value: Tensor, tilt: Tensor, features: Tensor, lists: EdgeLists
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The two sums, and log sum exp(logit) [batch, destinations, heads], with which p = exp(logit - it)."""
-    features = _features(features, query)
-    out, carried = torch.zeros_like(query), torch.zeros_like(tilt)
-    offset = query.new_zeros(query.shape[:3], dtype=_wide(query.dtype))
+    features = _pad(features)
+    out, carried = _blank(query, lists.incoming), _blank(tilt, lists.incoming)
+    offset = features.new_zeros(query.shape[:3])
     for block in _blocks(lists.incoming, query):
         edge = features[block.edges]
         logits = _logits(_gather(query, block.nodes), _gather(key, block.ends), _gather(tilt, block.nodes), edge, block)
@@ -279,9 +326,10 @@ def _backward(
     lists: EdgeLists,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value, tilt, given those of the two sums."""
-    features = _features(features, query)
+    features = _pad(features)
     scale = query.shape[-1] ** -0.5
-    d_query, d_key, d_value, d_tilt = (torch.zeros_like(tensor) for tensor in (query, key, value, tilt))
+    d_query, d_tilt = _blank(query, lists.incoming), _blank(tilt, lists.incoming)
+    d_key, d_value = _blank(key, lists.outgoing), _blank(value, lists.outgoing)
     weights, slopes = [], []  # p and the gradient of the logit times scale, of every place in the incoming tables
     for block in _blocks(lists.incoming, query):
         edge, keys = features[block.edges], _gather(key, block.ends)

@@ -30,8 +30,8 @@ class AtomicCheckpointIO(CheckpointIO):
             with suppress(OSError):
                 partial.unlink()
             raise OutputError(
-                f"the checkpoint {target} cannot be written: {_first_line(error)}. The previous checkpoint is untouched. "
-                "Free space, then resume from it with --ckpt_path."
+                f"the checkpoint {target} cannot be written: {_first_line(error)}. The previous checkpoint is "
+                "untouched. Free space, then resume from it with --ckpt_path."
             ) from error
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import lightning as L
 import numpy as np
 import torch
+from lightning import LightningDataModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from numpy.typing import NDArray
 from torch import Tensor
@@ -33,7 +34,21 @@ class Batch:
     padding: NDArray[np.bool_]
 
 
-class ForecastDataModule(L.LightningDataModule):
+class Batches:
+    """A loader as Lightning sees it: batches and an exact position. Lightning would replace the sampler it found."""
+
+    def __init__(self, loader: ShardedDataLoader):
+        self._loader = loader
+        self.state_dict, self.load_state_dict = loader.state_dict, loader.load_state_dict
+
+    def __iter__(self) -> Iterator[ShardedBatch]:
+        return iter(self._loader)
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+
+class ForecastDataModule(LightningDataModule):
     """Windows of input and target dates.
 
     Args:
@@ -85,7 +100,12 @@ class ForecastDataModule(L.LightningDataModule):
     @property
     def validation(self) -> Dataset | None:
         """The validation dates; None where none are given."""
-        return self._open(self._val_dates) if any(self._val_dates) else None
+        return self._open(self._val_dates) if self.has_validation else None
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether dates of validation are given."""
+        return any(self._val_dates)
 
     @property
     def topology(self) -> Topology:
@@ -102,10 +122,10 @@ class ForecastDataModule(L.LightningDataModule):
         """The cells that this rank owns."""
         return self.partition.cells(self.topology.model_rank)
 
-    def train_dataloader(self) -> ShardedDataLoader:
+    def train_dataloader(self) -> Batches:
         return self._loader(self.dataset, self._module.rollout.maximum, shuffle=True)
 
-    def val_dataloader(self) -> ShardedDataLoader | list[ShardedDataLoader]:
+    def val_dataloader(self) -> Batches | list[Batches]:
         if self.validation is None:
             return []
         return self._loader(self.validation, self._module.validation_steps, shuffle=False)
@@ -122,10 +142,10 @@ class ForecastDataModule(L.LightningDataModule):
             self._opened[dates] = open_dataset(self.path, start=dates[0], end=dates[1], **self._chosen)  # type: ignore[arg-type]
         return self._opened[dates]
 
-    def _loader(self, dataset: Dataset, target_steps: int, shuffle: bool) -> ShardedDataLoader:
+    def _loader(self, dataset: Dataset, target_steps: int, shuffle: bool) -> Batches:
         kind = "training" if shuffle else "validation"
         try:
-            return ShardedDataLoader(
+            loader = ShardedDataLoader(
                 dataset,
                 self.topology,
                 batch_size=self.batch_size,
@@ -144,6 +164,7 @@ class ForecastDataModule(L.LightningDataModule):
                 f"{kind} dates {dataset.dates[0]} to {dataset.dates[-1]}, windows of {self.input_steps} + "
                 f"{target_steps}: {error}"
             ) from error
+        return Batches(loader)
 
     @property
     def _strategy(self) -> DDPGroupStrategy:

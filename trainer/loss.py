@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -49,10 +50,11 @@ class LossOptions:
 
 @dataclass(frozen=True, eq=False)
 class Loss:
-    """Attributes.
+    """Of one prediction.
 
-    value: the global loss, the same on all ranks of the model group; its gradient is that of the rank's own cells.
-    sums: [batch, ensemble, variables] area-weighted mean error, global, without gradient.
+    Attributes:
+      value: the global loss, the same on all ranks of the model group; its gradient is that of the rank's own cells.
+      sums: [batch, ensemble, variables] area-weighted mean error, global, without gradient.
     """
 
     value: Tensor
@@ -60,18 +62,23 @@ class Loss:
 
 
 class AreaLoss:
-    """Args.
+    """Area- and variable-weighted error of normalised fields.
 
-    areas: [cells/M], steradians or any other unit.
-    weights: [variables].
-    options: which error.
-    group: the model group; None for one rank.
+    Args:
+      areas: [cells/M], steradians or any other unit.
+      weights: [variables].
+      options: which error.
+      group: the model group; None for one rank.
     """
 
     def __init__(
         self, areas: Tensor, weights: Tensor, options: LossOptions, group: dist.ProcessGroup | None = None
     ) -> None:
         self.areas, self.weights, self.options, self.group = areas, weights / weights.sum(), options, group
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AreaLoss:
+        """Copies of a module share the loss: it never changes, and process groups cannot be copied."""
+        return self
 
     def __call__(self, prediction: Tensor, target: Tensor) -> Loss:
         """Both [batch, ensemble, cells/M, variables], normalised; NaN in target: not counted."""

@@ -5,26 +5,23 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import lightning as L
-import numpy as np
 import torch
 import torch.distributed as dist
+from lightning import LightningModule
 from torch import Tensor
 
 import shardio
 from shardio.dates import format_step
 from shardio.errors import DatasetError, PlanError
+from trainer.assembly import Place, assemble_areas, assemble_forecaster, assemble_graph, assemble_loss
 from trainer.data import Batch, ForecastDataModule
 from trainer.forecaster import Forecaster, Roles
-from trainer.graph import GraphOptions, build_graph
-from trainer.grid import cell_areas
-from trainer.loss import AreaLoss, Loss, LossOptions, variable_weights
+from trainer.graph import GraphOptions
+from trainer.loss import Loss, LossOptions
 from trainer.metrics import ErrorSums
 from trainer.model import ModelOptions
 from trainer.optimizer import OptimizerOptions, build_optimizer
-from trainer.sharded_graph import shard_graph
 from trainer.strategy import DDPGroupStrategy
-from trainer.tendencies import relative_tendencies
 
 
 @dataclass(frozen=True)
@@ -53,7 +50,7 @@ class RolloutOptions:
         return min(self.start + epoch // self.epochs_per_increment, self.maximum)
 
 
-class ForecastModule(L.LightningModule):
+class ForecastModule(LightningModule):
     """An encoder-processor-decoder forecast model on sharded fields.
 
     Args:
@@ -75,11 +72,11 @@ class ForecastModule(L.LightningModule):
         forcings: list[str] | None = None,
         diagnostics: list[str] | None = None,
         allow_nan: list[str] | None = None,
-        graph: GraphOptions = GraphOptions(),  # noqa: B008 (frozen)
-        network: ModelOptions = ModelOptions(),  # noqa: B008
-        loss: LossOptions = LossOptions(),  # noqa: B008
-        optimizer: OptimizerOptions = OptimizerOptions(),  # noqa: B008
-        rollout: RolloutOptions = RolloutOptions(),  # noqa: B008
+        graph: GraphOptions = GraphOptions(),
+        network: ModelOptions = ModelOptions(),
+        loss: LossOptions = LossOptions(),
+        optimizer: OptimizerOptions = OptimizerOptions(),
+        rollout: RolloutOptions = RolloutOptions(),
         validation_steps: int = 1,
         graph_cache: str | None = None,
     ):
@@ -100,10 +97,11 @@ class ForecastModule(L.LightningModule):
         return data
 
     @property
-    def model_group(self) -> dist.ProcessGroup | None:
-        """The ranks that hold one model."""
-        assert isinstance(self.trainer.strategy, DDPGroupStrategy)
-        return self.trainer.strategy.model_group
+    def place(self) -> Place:
+        """Where this rank stands in its model group."""
+        strategy = self.trainer.strategy
+        assert isinstance(strategy, DDPGroupStrategy)
+        return Place(self.data.partition, self.data.topology.model_rank, strategy.model_group, strategy.root_device)
 
     def roles(self) -> Roles:
         """Of the dataset's variables."""
@@ -113,23 +111,11 @@ class ForecastModule(L.LightningModule):
         """Build this rank's part of the graph, and the model on it: now the ranks know one another."""
         if self.forecaster is not None:
             return
-        dataset, device, roles = self.data.dataset, self.trainer.strategy.root_device, self.roles()
-        rank, cells = self.data.topology.model_rank, self.data.partition
-        places = dataset.latitudes, dataset.longitudes
-        graph = build_graph(*places, cells, rank, self.graph_options, self.graph_cache)
-        network = self.network_options
-        sharded = shard_graph(
-            graph, self.model_group, device, torch.get_default_dtype(), network.num_chunks, network.shard_strategy
-        )
-        relative = relative_tendencies(dataset, self.data.cells, self.model_group, device)
-        prognostic, outputs = len(roles.prognostic), roles.places(roles.outputs)
-        tendencies = np.where(np.arange(len(outputs)) < prognostic, relative[outputs], 1.0)
-        self.forecaster = Forecaster(roles, dataset.statistics, tendencies, self.data.input_steps, network, sharded)
-        weights = variable_weights(
-            roles.outputs, self.loss_options, dict(zip(roles.outputs, tendencies.tolist(), strict=True))
-        )
-        self.areas = torch.from_numpy(cell_areas(*places)[self.data.cells]).to(device, torch.get_default_dtype())
-        self.loss = AreaLoss(self.areas, self.areas.new_tensor(weights), self.loss_options, self.model_group)
+        dataset, place, network = self.data.dataset, self.place, self.network_options
+        graph = assemble_graph(dataset, place, self.graph_options, network, self.graph_cache)
+        self.forecaster = assemble_forecaster(dataset, place, self.roles(), self.data.input_steps, network, graph)
+        self.areas = assemble_areas(dataset, place)
+        self.loss = assemble_loss(self.forecaster, self.areas, self.loss_options, place)
 
     def configure_optimizers(self) -> Any:
         steps = int(self.trainer.estimated_stepping_batches)
@@ -154,8 +140,8 @@ class ForecastModule(L.LightningModule):
         assert self.forecaster is not None
         roles = self.forecaster.roles
         wrong = (~torch.isfinite(batch.fields)).sum(dim=(2, 3)).to(torch.int64)  # [batch, time, variables]
-        if self.model_group is not None:
-            dist.all_reduce(wrong, group=self.model_group)
+        if self.place.group is not None:
+            dist.all_reduce(wrong, group=self.place.group)
         wrong[..., roles.places(self.allow_nan)] = 0
         found = wrong.nonzero().tolist()
         if found:

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
 
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy
@@ -31,6 +30,7 @@ class DDPGroupStrategy(DDPStrategy):
       num_gpus_per_model: M, ranks that together hold one model; divides the world size. On CPU, processes.
       read_group_size: R, ranks that together read one sample; divides M. Default M.
       timeout_seconds: after which a rank gives up waiting for another.
+      process_group_backend: gloo or nccl. Default: by device.
     """
 
     strategy_name = "ddp_group"
@@ -40,10 +40,13 @@ class DDPGroupStrategy(DDPStrategy):
         num_gpus_per_model: int = 1,
         read_group_size: int | None = None,
         timeout_seconds: float = 600.0,
-        **kwargs: Any,
+        process_group_backend: str | None = None,
     ):
-        kwargs.setdefault("checkpoint_io", AtomicCheckpointIO())
-        super().__init__(timeout=timedelta(seconds=timeout_seconds), **kwargs)
+        super().__init__(
+            checkpoint_io=AtomicCheckpointIO(),
+            timeout=timedelta(seconds=timeout_seconds),
+            process_group_backend=process_group_backend,
+        )
         self.num_gpus_per_model, self.read_group_size = num_gpus_per_model, read_group_size
         self._groups: tuple[dist.ProcessGroup, ...] = ()
         self._sync = True

@@ -1,0 +1,158 @@
+"""The compiled kernel of attention on CPUs: built by the user's own compiler, kept for later runs, never required.
+
+A library is named after all that it was made of: the source, the flags, and what the compiler says of itself and of
+this machine. It gets its name when it is whole, so that ranks that start together may each build it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).with_name("attention_kernel.cpp")
+FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
+NATIVE = "-march=native"
+TIME_TO_COMPILE = 300  # seconds
+TYPES = (torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Edges by node: those of node i are offsets[i] to offsets[i + 1] of ends (their other ends) and edges (ids).
+
+    Attributes:
+      offsets: int64 [nodes + 1].
+      ends, edges: int64 [edges].
+    """
+
+    offsets: Tensor
+    ends: Tensor
+    edges: Tensor
+
+    @cached_property
+    def most(self) -> int:
+        """Edges of the node that has most."""
+        return int(self.offsets.diff().max()) if len(self.offsets) > 1 else 0
+
+    @property
+    def arrays(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.offsets, self.ends, self.edges
+
+
+@cache
+def load() -> tuple[ctypes.CDLL | None, str]:
+    """The library, or None and why there is none."""
+    try:
+        return _open(_library()), ""
+    except subprocess.CalledProcessError as error:
+        lines = [line for line in error.stderr.splitlines() if "error" in line] or ["it says nothing"]
+        why = f"{error.cmd[0]} failed: {lines[0]}"
+    except (OSError, subprocess.TimeoutExpired) as error:
+        why = str(error)
+    logger.info("attention runs without its compiled kernel: %s", why)
+    return None, why
+
+
+def _library() -> Path:
+    """Path of the library; compiles it if need be."""
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    if shutil.which(compiler[0]) is None:
+        raise FileNotFoundError(f"there is no C++ compiler {compiler[0]!r}; install one, or name it in CXX")
+    flags, about = _target(compiler)
+    digest = hashlib.sha256("\0".join([*compiler, *flags, about]).encode() + SOURCE.read_bytes())
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    library = Path(home) / "shardio" / f"attention-{digest.hexdigest()[:32]}.so"
+    if not library.exists():
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=library.parent, prefix=".attention-") as folder:
+            partial = Path(folder) / "attention.so"
+            _run([*compiler, *flags, str(SOURCE), "-o", str(partial)])
+            partial.replace(library)
+    return library
+
+
+def _target(compiler: list[str]) -> tuple[list[str], str]:
+    """Flags, and all that the compiler predefines with them: its version and what this processor can do."""
+    ask = ["-x", "c++", "-dM", "-E", os.devnull]
+    try:
+        return [*FLAGS, NATIVE], _run([*compiler, *FLAGS, NATIVE, *ask])
+    except subprocess.CalledProcessError:
+        return [*FLAGS], _run([*compiler, *FLAGS, *ask])
+
+
+def _run(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=TIME_TO_COMPILE)
+    return done.stdout
+
+
+def _open(path: Path) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(path))
+    for function in (library.attend_forward, library.attend_backward):
+        function.argtypes = [ctypes.c_int64, ctypes.POINTER(ctypes.c_int64), ctypes.POINTER(ctypes.c_void_p)]
+        function.restype = None
+    return library
+
+
+def forward(
+    query: Tensor, key: Tensor, value: Tensor, tilt: Tensor, features: Tensor, incoming: Rows
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The two sums, and log sum exp(logit) [batch, destinations, heads]. All tensors are contiguous.
+
+    Args:
+      query, key, value, tilt: of one of TYPES.
+      features: [edges, features] in the type of sums, as the result log sum exp is.
+      incoming: edges by destination.
+    """
+    out, carried = torch.empty_like(query), torch.empty_like(tilt)
+    offset = features.new_empty(query.shape[:3])
+    arrays = (*incoming.arrays, query, key, value, tilt, features, out, carried, offset)
+    _call("attend_forward", query, key, features, incoming, arrays)
+    return out, carried, offset
+
+
+def backward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    tilt: Tensor,
+    features: Tensor,
+    offset: Tensor,
+    out: Tensor,
+    carried: Tensor,
+    incoming: Rows,
+    outgoing: Rows,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, value, tilt, given those of the two sums; edges of outgoing count as incoming lists."""
+    gradients = tuple(torch.empty_like(tensor) for tensor in (query, key, value, tilt))
+    batch, _, heads, _ = query.shape
+    weights, slopes = features.new_empty(2, batch, len(features), heads)
+    inputs = (query, key, value, tilt, features, offset, out, carried)
+    arrays = (*incoming.arrays, *outgoing.arrays, *inputs, *gradients, weights, slopes)
+    _call("attend_backward", query, key, features, incoming, arrays)
+    return gradients[0], gradients[1], gradients[2], gradients[3]
+
+
+def _call(name: str, query: Tensor, key: Tensor, features: Tensor, incoming: Rows, arrays: tuple[Tensor, ...]) -> None:
+    library, why = load()
+    if library is None:
+        raise RuntimeError(f"the lists ask for a compiled kernel that this process cannot have: {why}")
+    batch, destinations, heads, depth = query.shape
+    edges, width = features.shape
+    sizes = (batch, destinations, key.shape[1], heads, depth, width, edges, incoming.most, torch.get_num_threads())
+    pointers = [tensor.data_ptr() for tensor in arrays]
+    function = getattr(library, name)
+    function(query.element_size(), (ctypes.c_int64 * len(sizes))(*sizes), (ctypes.c_void_p * len(pointers))(*pointers))
