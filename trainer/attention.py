@@ -179,7 +179,8 @@ def _tables(by_node: _Sorted, none: int) -> list[Bucket]:
     return tables
 
 
-@torch.compiler.disable  # a compiler would unroll all blocks; the linears around it are what it is good for
+# A compiler would unroll all blocks; the linears around it are what it is good for.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def attend(
     query: Tensor, key: Tensor, value: Tensor, tilt: Tensor, features: Tensor, lists: EdgeLists
 ) -> tuple[Tensor, Tensor]:
