@@ -13,7 +13,7 @@ help:  ## show this list
 	$(BIN)/pip install -c constraints.txt -e ".[train,grib,dev]"
 	touch $@
 
-demo: .venv/.installed  ## make a dataset, cut it into grid-chunks, verify, plot and load it on 2 ranks, in demo/
+demo: .venv/.installed  ## make datasets, cut, verify, plot and load them, train a forecast model on 2 ranks; all in demo/
 	rm -rf demo
 	mkdir demo
 	$(BIN)/shardio synth demo/o96.zarr --grid o96 --dates 8 --grid-chunks 1
@@ -22,6 +22,10 @@ demo: .venv/.installed  ## make a dataset, cut it into grid-chunks, verify, plot
 	$(BIN)/shardio info demo/o96-16.zarr --ranks 4
 	$(BIN)/shardio plot demo/o96-16.zarr --variable t --output demo/grid-chunks.png
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node=2 docs/examples/train_plain_torch.py demo/o96-16.zarr
+	$(BIN)/shardio synth demo/o32.zarr --grid o32 --dates 200 --grid-chunks 4
+	$(BIN)/trainer fit --config trainer/configs/demo.yaml --data.dataset demo/o32.zarr --output demo/run
+	$(BIN)/trainer validate --config trainer/configs/demo.yaml --data.dataset demo/o32.zarr --output demo/run \
+		--ckpt_path demo/run/checkpoints/last.ckpt
 
 test: check  ## all checks, then all tests
 	$(BIN)/pytest
