@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -45,7 +45,8 @@ def assemble_graph(
     dataset: Dataset, place: Place, graph: GraphOptions, network: ModelOptions, cache: str | None = None
 ) -> ShardedGraph:
     """This rank's part of the graph, ready to compute on. All ranks of the group call it together."""
-    part = build_graph(dataset.latitudes, dataset.longitudes, place.cells, place.rank, graph, cache)
+    options = replace(graph, processor_layers=network.num_layers)
+    part = build_graph(dataset.latitudes, dataset.longitudes, place.cells, place.rank, options, cache)
     return shard_graph(
         part, place.group, place.device, torch.get_default_dtype(), network.num_chunks, network.shard_strategy
     )

@@ -18,6 +18,8 @@ from shardio.errors import SelectionError
 from shardio.partition import partition
 from trainer.strategy import DDPGroupStrategy
 
+Dates = tuple[str | int | None, str | int | None]  # first and last
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -69,10 +71,10 @@ class ForecastDataModule(LightningDataModule):
     def __init__(
         self,
         dataset: str,
-        train_start: str | None = None,
-        train_end: str | None = None,
-        val_start: str | None = None,
-        val_end: str | None = None,
+        train_start: str | int | None = None,
+        train_end: str | int | None = None,
+        val_start: str | int | None = None,
+        val_end: str | int | None = None,
         frequency: str | None = None,
         select: list[str] | None = None,
         drop: list[str] | None = None,
@@ -90,7 +92,7 @@ class ForecastDataModule(LightningDataModule):
         self._read = {"prefetch": prefetch, "threads": threads, "verify": verify}
         self._chosen = {"frequency": frequency, "select": select, "drop": drop}
         self._train_dates, self._val_dates = (train_start, train_end), (val_start, val_end)
-        self._opened: dict[tuple[str | None, str | None], Dataset] = {}
+        self._opened: dict[Dates, Dataset] = {}
 
     @property
     def dataset(self) -> Dataset:
@@ -137,7 +139,7 @@ class ForecastDataModule(LightningDataModule):
             fields = fields[..., self.cells, :]
         return Batch(fields, batch.dates, batch.padding)
 
-    def _open(self, dates: tuple[str | None, str | None]) -> Dataset:
+    def _open(self, dates: Dates) -> Dataset:
         if dates not in self._opened:
             self._opened[dates] = open_dataset(self.path, start=dates[0], end=dates[1], **self._chosen)  # type: ignore[arg-type]
         return self._opened[dates]

@@ -43,7 +43,8 @@ class GraphOptions:
       processor: edges between hidden nodes: knn (each node's nearest), or, of icoR, mesh (sides of its
         triangles) or multiscale (sides of the triangles of all refinements).
       neighbours: edges that end at each hidden node, with knn.
-      processor_layers: how often processor edges are used for one use of encoder edges, to weigh a rank's work.
+      processor_layers: how often processor edges are used for one use of encoder edges, to weigh a rank's work; the
+        trainer puts num_layers here.
     """
 
     hidden: str = "ico4"
