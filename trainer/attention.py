@@ -27,7 +27,7 @@ from trainer import attention_kernel
 Int64 = NDArray[np.int64]
 KERNELS = ("auto", "torch", "cpp")
 PADDING = 8  # of the places in a bucket, one in so many may be empty
-BLOCK = {"cpu": 2**20}  # numbers gathered at once: 4 MB of float32, what the cache holds of each of a few arrays
+BLOCK = {"cpu": 2**19}  # numbers gathered at once: 2 MB of float32, so that a few such arrays fit the cache
 BLOCK_ELSEWHERE = 2**25  # few large kernels
 
 
