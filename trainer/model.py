@@ -32,7 +32,7 @@ class ModelOptions:
     num_heads: int = 8
     mlp_ratio: int = 4
     num_chunks: int = 1
-    checkpointing: bool = True
+    checkpointing: bool = False
     shard_strategy: str = "edges"
 
     def __post_init__(self) -> None:
