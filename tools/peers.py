@@ -33,6 +33,9 @@ class Peer:
 
 PEERS = {
     "anemoi": Peer(("anemoi-datasets>=0.5", "zarr>=2.18,<3"), ("anemoi.datasets", "anemoi.datasets.commands.copy")),
+    "anemoi-models": Peer(
+        ("torch==2.13.0", "anemoi-models==0.13.0", "anemoi-graphs==0.9.0"), ("anemoi.models.models", "torch_geometric")
+    ),
     "rechunker": Peer(("rechunker==0.5.*", "dask[array]", "zarr>=2.18,<3"), ("rechunker",)),
 }
 

@@ -314,6 +314,29 @@ def gemm(options: argparse.Namespace) -> dict[str, Any]:
     return {"gflops": 2 * left.numel() * right.shape[1] / statistics.median(seconds) / 1e9}
 
 
+def loading(options: argparse.Namespace) -> dict[str, Any]:
+    """What a step waits for its batch, when both share the cores: seconds per step."""
+    from shardio import ShardedDataLoader, Topology, open_dataset
+
+    torch.set_num_threads(options.threads)
+    dataset = open_dataset(options.dataset)
+    options.variables = len(dataset.variables)
+    model, forward, _ = ours(options, 0, 1)
+    model.mean.copy_(torch.from_numpy(dataset.statistics["mean"]))
+    model.stdev.copy_(torch.from_numpy(dataset.statistics["stdev"]).clamp(min=1e-12))
+    loader = ShardedDataLoader(dataset, Topology(), input_steps=options.input_steps, threads=options.threads)
+    waits, steps, batches = [], [], iter(loader)
+    for step in range(options.warmup + options.steps):
+        start = time.perf_counter()
+        fields = next(batches).fields
+        ready = time.perf_counter()
+        forward(fields[:, : options.input_steps], model.normalise(fields[:, options.input_steps :])).backward()
+        if step >= options.warmup:
+            waits.append(ready - start)
+            steps.append(time.perf_counter() - start)
+    return {"wait": statistics.median(waits), "step": statistics.median(steps)}
+
+
 def peak_mb() -> float:
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) / 1024 for line in file if line.startswith("VmHWM"))
@@ -321,7 +344,7 @@ def peak_mb() -> float:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("contender", choices=["graph", "shardio", "anemoi", "gemm"])
+    parser.add_argument("contender", choices=["graph", "shardio", "anemoi", "gemm", "loading"])
     parser.add_argument("graph")
     for name, default in (("channels", 128), ("layers", 4), ("heads", 8), ("variables", 20), ("input-steps", 2)):
         parser.add_argument(f"--{name}", type=int, default=default)
@@ -329,13 +352,14 @@ def main() -> int:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--grid", default="o96")
     parser.add_argument("--hidden", default="ico4")
+    parser.add_argument("--dataset", help="for loading")
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--bf16", action="store_true")
     options = parser.parse_args()
     if options.contender == "graph":
         make_graph(options.graph, options.grid, options.hidden)
         return 0
-    found = gemm(options) if options.contender == "gemm" else measure(options)
+    found = {"gemm": gemm, "loading": loading}.get(options.contender, measure)(options)
     if os.environ.get("RANK", "0") == "0":
         print(json.dumps(found), flush=True)
     if dist.is_initialized():
