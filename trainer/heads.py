@@ -136,7 +136,7 @@ def _gather(part: Tensor, graph: Graph, group: dist.ProcessGroup | None, device:
     """The parts of all ranks, of any lengths, one after the other."""
     ranks, part = graph.cells.ranks, part.to(device)
     counts = torch.empty(ranks, dtype=torch.int64, device=device)
-    dist.all_gather_into_tensor(counts, torch.tensor([len(part)], device=device), group=group)
+    dist.all_to_all_single(counts, torch.full_like(counts, len(part)), group=group)
     lengths = [int(count) for count in counts.tolist()]
     every = part.new_empty((sum(lengths), *part.shape[1:]))
     sent = part.repeat(ranks, *[1] * (part.ndim - 1))
