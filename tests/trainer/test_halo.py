@@ -1,12 +1,7 @@
-"""The exchange between real processes: four gloo ranks, started once; this file run as a script is such a rank."""
+"""The exchange between real processes."""
 
-import pickle
-import subprocess
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import redirect_stdout
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -15,6 +10,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from ranks import RANKS
 
 from shardio.errors import PlanError, TopologyError
 from shardio.partition import balanced, partition
@@ -22,9 +18,6 @@ from shardio.synthetic import octahedral
 from trainer.graph import GraphOptions, build_graph
 from trainer.halo import build_halo, exchange
 
-RANKS = 4
-TIME_TO_START = timedelta(seconds=60)
-PATIENCE = timedelta(seconds=20)  # after it gloo gives up a collective that some rank never joins
 Arrays = dict[str, Any]
 
 
@@ -91,53 +84,8 @@ def refusal(error: type[Exception], call: Callable[[], Any]) -> str:
     return str(raised.value)
 
 
-def serve(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    store = f"file://{folder}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=RANKS, timeout=TIME_TO_START)
-    groups = {1: None} | {ranks: dist.new_group(range(ranks), timeout=PATIENCE) for ranks in range(2, RANKS + 1)}
-    replies = sys.stdout.buffer
-    with redirect_stdout(sys.stderr):
-        while True:
-            name, ranks, more = pickle.load(sys.stdin.buffer)
-            try:
-                reply = (True, globals()[name](rank, groups[ranks], **more))
-            except Exception as error:
-                reply = (False, f"rank {rank}: {error!r}")
-            pickle.dump(reply, replies)
-            replies.flush()
-
-
-if __name__ == "__main__":
-    serve(int(sys.argv[1]), sys.argv[2])
-
-
 # ---------------------------------------------------------------------------------------------------------- the tests
 Run = Callable[[Callable[..., Any], Sequence[Arrays]], list[Any]]
-
-
-@pytest.fixture(scope="session")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
-    """`run(function, [arguments of rank 0, of rank 1, ...])`: what it returns on each rank of a group of that size."""
-    folder = str(tmp_path_factory.mktemp("ranks"))
-    command = [sys.executable, "-W", "error", __file__]
-    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    processes = [subprocess.Popen([*command, str(rank), folder], **pipes) for rank in range(RANKS)]
-
-    def run(function: Callable[..., Any], arguments: Sequence[Arrays]) -> list[Any]:
-        used = processes[: len(arguments)]
-        for process, more in zip(used, arguments, strict=True):
-            task = pickle.dumps((function.__name__, len(arguments), more))
-            process.stdin.write(task)
-            process.stdin.flush()
-        replies = [pickle.load(process.stdout) for process in used]
-        assert all(good for good, _ in replies), replies
-        return [reply for _, reply in replies]
-
-    yield run
-    for process in processes:
-        process.kill()  # they wait for their next task; taking torch down in good order takes seconds
-        process.communicate()
 
 
 class Cut:
