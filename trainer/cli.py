@@ -2,45 +2,88 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import signal
 import sys
-import traceback
+import time
 import warnings
+from contextlib import redirect_stdout
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.callbacks.weight_averaging import EMAWeightAveraging
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 import shardio
 from shardio.allocator import keep_freed_memory
-from shardio.errors import ShardioError
+from shardio.errors import DatasetError, PlanError
+from trainer.checkpoint import KeepLast
 from trainer.curves import SKILL, LossCurve
 from trainer.data import ForecastDataModule
+from trainer.failure import rank, stop
 from trainer.module import ForecastModule
 from trainer.preflight import check
+from trainer.report import show
 from trainer.strategy import DDPGroupStrategy
 
 DESCRIPTION = """Train forecast models that never see the full grid.
 
-trainer fit --config trainer/configs/demo.yaml
-trainer fit --config my.yaml --trainer.devices 4 --strategy.num_gpus_per_model 4
-trainer fit --config my.yaml --ckpt_path last          # go on where it stopped
-trainer validate --config my.yaml --ckpt_path run/checkpoints/best.ckpt
-"""
+  trainer fit --config trainer/configs/demo.yaml
+  trainer validate --config trainer/configs/demo.yaml --ckpt_path last
+
+Every knob is in the YAML and a flag of the same name; flags win. trainer fit --help lists them all,
+trainer fit --print_config writes a YAML with all of them."""
+
+FIT = """Train, and write checkpoints, logs and curves.png to the folder --output.
+
+  trainer fit --config trainer/configs/demo.yaml
+  trainer fit --config my.yaml --trainer.devices 4 --strategy.num_gpus_per_model 4
+  trainer fit --config my.yaml --ckpt_path last                go on where it stopped, on any number of ranks
+  torchrun --nproc_per_node 4 -m trainer.cli fit --config my.yaml --strategy.num_gpus_per_model 4
+
+Ranks: --trainer.devices x --trainer.num_nodes of them, or as many as torchrun or SLURM start. Each
+--strategy.num_gpus_per_model together hold one model; the others train it on other dates."""
+
+VALIDATE = """Forecast the validation dates, and compare with persistence, the forecast that nothing changes.
+
+  trainer validate --config my.yaml --ckpt_path last
+  trainer validate --config my.yaml --ckpt_path run/checkpoints/best.ckpt --data.val_start 2021 --json
+
+Prints root mean square errors in the units of the dataset, weighted by area, by variable and lead time."""
 
 
 class TrainerCLI(LightningCLI):
     """LightningCLI with the strategy, the run's folder and its checkpoints as knobs of their own."""
+
+    def __init__(self, arguments: list[str] | None = None) -> None:
+        super().__init__(
+            ForecastModule,
+            ForecastDataModule,
+            args=arguments,
+            seed_everything_default=0,
+            save_config_kwargs={"overwrite": True},
+            auto_configure_optimizers=False,
+            parser_kwargs={
+                "prog": "trainer",
+                "description": DESCRIPTION,
+                "version": f"trainer {shardio.__version__}",
+                "fit": {"description": FIT},
+                "validate": {"description": VALIDATE},
+            },
+        )
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Those of Lightning's that mean something here."""
         return {
             "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule", "weights_only"},
-            "validate": {"model", "dataloaders", "datamodule", "weights_only"},
+            "validate": {"model", "dataloaders", "datamodule", "verbose", "weights_only"},
         }
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -51,7 +94,8 @@ class TrainerCLI(LightningCLI):
         parser.add_argument(
             "--ema_decay", type=float | None, default=None, help="Validate and keep averaged weights, such as 0.999."
         )
-        parser.add_argument("--debug", type=bool, default=False, help="Show the traceback of an error.")
+        parser.add_argument("--json", action="store_true", help="Print the result as JSON.")
+        parser.add_argument("--debug", action="store_true", help="Show all of Lightning's messages, and tracebacks.")
         parser.set_defaults(
             {
                 "trainer.accelerator": "cpu",
@@ -62,99 +106,144 @@ class TrainerCLI(LightningCLI):
             }
         )
 
+    def before_instantiate_classes(self) -> None:
+        if self.subcommand == "validate":
+            self.save_config_callback = None
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """With our strategy, loggers and checkpoints; under torchrun with as many processes as it started."""
-        output = self._option("output")
-        loggers: list[Any] = [CSVLogger(output, name="logs")]
-        if self._option("tensorboard"):
-            loggers.append(TensorBoardLogger(output, name="tensorboard"))
-        settings: dict[str, Any] = {"logger": loggers, "strategy": self._get(self.config_init, "strategy")}
-        if "LOCAL_WORLD_SIZE" in os.environ:
-            settings["devices"] = int(os.environ["LOCAL_WORLD_SIZE"])
-            settings["num_nodes"] = int(os.environ["WORLD_SIZE"]) // settings["devices"]
-        settings["callbacks"] = [*(self._get(self.config_init, "trainer.callbacks") or []), *self._callbacks(output)]
+        """With our strategy, loggers and checkpoints; under torchrun or SLURM with as many processes as they start."""
+        if self.option("trainer.strategy") != "auto":
+            raise PlanError("trainer.strategy is always DDPGroupStrategy. Set --strategy.num_gpus_per_model instead.")
+        settings: dict[str, Any] = {"strategy": self._get(self.config_init, "strategy"), **_started_by_others()}
+        if self.subcommand == "fit":
+            settings |= {"logger": self._loggers(), "callbacks": self._callbacks()}
+        else:
+            settings |= {"logger": False, "enable_checkpointing": False}
         trainer: Trainer = super().instantiate_trainer(**settings)
         return trainer
 
-    def _callbacks(self, output: str) -> list[Any]:
-        folder = os.path.join(output, "checkpoints")
-        same_name = {"dirpath": folder, "enable_version_counter": False, "save_top_k": 1}
-        callbacks: list[Any] = [
-            LearningRateMonitor("step"),
-            LossCurve(output),
-            ModelCheckpoint(filename="last", every_n_train_steps=self._option("save_every"), **same_name),
-            ModelCheckpoint(filename="last", save_on_train_epoch_end=True, **same_name),
-        ]
+    def _loggers(self) -> list[Any]:
+        loggers: list[Any] = [CSVLogger(self.option("output"), name="logs", flush_logs_every_n_steps=1)]
+        if self.option("tensorboard"):
+            if not (find_spec("tensorboard") or find_spec("tensorboardX")):
+                raise PlanError(
+                    "--tensorboard needs a package that is not installed. Run pip install tensorboard, or leave it "
+                    "out: the log is in logs/version_*/metrics.csv anyway."
+                )
+            loggers.append(TensorBoardLogger(self.option("output"), name="tensorboard"))
+        return loggers
+
+    def _callbacks(self) -> list[Any]:
+        callbacks = [*(self._get(self.config_init, "trainer.callbacks") or []), LossCurve(self.option("output"))]
+        if self.option("ema_decay") is not None:
+            callbacks.append(EMAWeightAveraging(decay=self.option("ema_decay")))
         if self.datamodule.has_validation:
-            callbacks.append(ModelCheckpoint(filename="best", monitor=SKILL, **same_name))
-        if self._option("ema_decay") is not None:
-            callbacks.append(EMAWeightAveraging(decay=self._option("ema_decay")))
-        return callbacks
+            best = {"filename": "best", "monitor": SKILL, "save_top_k": 1, "enable_version_counter": False}
+            callbacks.append(ModelCheckpoint(self.checkpoints, **best))
+        return [*callbacks, KeepLast(self.checkpoints, self.option("save_every"))]
 
-    def before_fit(self) -> None:
-        """Runs in every process, in the first one before it starts the others."""
-        check(self.trainer, self.model, self.datamodule)
+    @property
+    def checkpoints(self) -> Path:
+        """Their folder."""
+        return Path(self.option("output")) / "checkpoints"
 
-    before_validate = before_fit
-
-    def _option(self, name: str) -> Any:
+    def option(self, name: str) -> Any:
+        """As given in the YAML or as a flag."""
         return self._get(self.config, name)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Lightning runs it while this object is made; we want the object to tell of a failure: see `run`."""
+
+    def run(self) -> None:
+        """Fit or validate; the result goes to stdout, all else to stderr."""
+        check(self.trainer, self.model, self.datamodule)
+        assert self.subcommand is not None
+        options = self._prepare_subcommand_kwargs(self.subcommand)
+        options["ckpt_path"] = self._checkpoint_path()
+        if self.subcommand == "validate":
+            options["verbose"] = False  # we print the scores ourselves
+        began = time.monotonic()
+        with redirect_stdout(sys.stderr):
+            getattr(self.trainer, self.subcommand)(**options)
+        if self.trainer.is_global_zero:
+            show(self, time.monotonic() - began)
+
+    def _checkpoint_path(self) -> str | None:
+        """`last` and `best` are those of the run; to go on with `last` where none is yet means to begin."""
+        path: str | None = self.option("ckpt_path")
+        if path in ("last", "best"):
+            path = str(self.checkpoints / f"{path}.ckpt")
+            if self.subcommand == "fit" and path.endswith("last.ckpt") and not Path(path).exists():
+                if rank() in (0, None):
+                    print(f"there is no {path} yet: training begins", file=sys.stderr)
+                return None
+        if path is not None and not Path(path).exists():
+            raise DatasetError(f"there is no checkpoint {path}. Give the path of a .ckpt file, or: last, best.")
+        return path
+
+    def end_ranks(self) -> None:
+        """End the ranks that this process started."""
+        launcher: Any = self.trainer.strategy.launcher
+        if launcher is not None:
+            launcher.kill(signal.SIGKILL)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of the command `trainer`."""
     keep_freed_memory()
-    try:
-        _run(arguments)
-    except ShardioError as error:
-        _stop(str(error))
-    except RuntimeError as error:
-        if not _lost_a_rank(error):
-            raise
-        _stop(
-            "stopped, because another rank stopped: its message is above; without one it was killed, often by lack "
-            "of memory."
-        )
-
-
-def _run(arguments: list[str] | None) -> None:
+    debug, cli = "--debug" in (arguments or sys.argv), None
     with warnings.catch_warnings():
-        _ignore_advice()
-        TrainerCLI(
-            ForecastModule,
-            ForecastDataModule,
-            args=arguments,
-            seed_everything_default=0,
-            save_config_kwargs={"overwrite": True},
-            auto_configure_optimizers=False,
-            parser_kwargs={"description": DESCRIPTION, "version": shardio.__version__},
-        )
+        if not debug:
+            _ignore_advice()
+        try:
+            cli = TrainerCLI(arguments)
+            cli.run()
+        except KeyboardInterrupt:
+            _leave(130, "Interrupted.")
+        except SystemExit as end:
+            if cli is None:
+                raise  # of the parser
+            _leave(130 if cli.trainer.interrupted else end.code, "Interrupted. Go on with --ckpt_path last.")
+        except Exception as error:
+            stop(error, debug, cli.end_ranks if cli else lambda: None)
+
+
+def _leave(code: Any, message: str) -> None:
+    """At once: Python's own end would wait for threads that wait for other ranks."""
+    if rank() in (0, None):
+        print(message, file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else 1)
+
+
+def _started_by_others() -> dict[str, int]:
+    """Processes per node and nodes, as torchrun or SLURM say; they need not be in the config."""
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        here, everywhere = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
+    elif SLURMEnvironment.detect() and "SLURM_NTASKS" in os.environ:
+        everywhere = int(os.environ["SLURM_NTASKS"])
+        here = everywhere // int(os.environ.get("SLURM_NNODES", "1"))
+    else:
+        return {}
+    return {"devices": here, "num_nodes": everywhere // here}
 
 
 def _ignore_advice() -> None:
-    """Lightning's advice that does not apply: we have no DataLoader workers, and metrics are global already."""
+    """Lightning's greetings, and advice that does not apply, as to take DataLoader workers."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     for text in (
         ".*does not have many workers.*",
         ".*Checkpoint directory .* exists and is not empty.*",
         ".*sync_dist=True.*when logging on epoch level.*",
+        ".*WeightAveraging callback with a model that overrides the configure_model.*",
+        ".*smaller than the logging interval.*",
+        ".*Total length of `list` across ranks is zero.*",  # no validation
+        ".*callbacks used to create the checkpoint need to be provided.*",  # to validate, they need not
+        ".*treespec, LeafSpec.*",  # of Lightning itself, with this torch
     ):
         warnings.filterwarnings("ignore", text)
-
-
-def _lost_a_rank(error: RuntimeError) -> bool:
-    text = str(error)
-    return any(sign in text for sign in ("Connection closed by peer", "Connection reset by peer", "gloo", "NCCL"))
-
-
-def _stop(message: str) -> None:
-    """One message per rank; then leave at once, so that nobody waits for a rank that will not come."""
-    rank = os.environ.get("RANK") or os.environ.get("LOCAL_RANK")
-    where = f"rank {rank}: " if rank is not None else ""
-    if "--debug" in sys.argv:
-        traceback.print_exc()
-    print(f"Error: {where}{message}", file=sys.stderr, flush=True)
-    sys.stdout.flush()
-    os._exit(1)
 
 
 if __name__ == "__main__":

@@ -1,23 +1,54 @@
-"""The loss curve as a picture, from the log that is always written."""
+"""The loss of every step in the log that is always written, and its picture."""
 
 from __future__ import annotations
 
 import csv
 from pathlib import Path
+from typing import Any
 
+import torch
+import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
 
-TRAINING, SKILL = "train/loss", "val/rmse_over_persistence"
+TRAINING, RATE, SKILL = "train/loss", "train/learning_rate", "val/rmse_over_persistence"
 
 
 class LossCurve(Callback):
-    """Draws `curves.png` in the run's folder when training ends; a resumed run is drawn with what came before.
+    """Logs the loss of each optimizer step, and draws `curves.png` when training ends.
+
+    The loss is the mean over all batches of the step, on all ranks: it depends neither on the topology nor on how
+    gradients are accumulated. It is in the log before the checkpoint of the step is written, so that a run killed
+    at any time and resumed has logged every step. A resumed run is drawn with what came before.
 
     Args: folder: of the run; its logs are in logs/version_0, version_1, ...
     """
 
     def __init__(self, folder: str) -> None:
         self.folder = Path(folder)
+        self._losses: list[Tensor] = []
+        self._rate = 0.0
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        self._rate = float(optimizer.param_groups[0]["lr"])
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._step = trainer.global_step
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
+        self._losses.append(outputs["loss"].detach())
+        if trainer.global_step == self._step:
+            return
+        self._step = trainer.global_step
+        loss = torch.stack(self._losses).mean()
+        self._losses.clear()
+        if self._step % trainer.log_every_n_steps:
+            return
+        if trainer.world_size > 1:
+            dist.all_reduce(loss)
+            loss /= trainer.world_size
+        for logger in trainer.loggers:
+            logger.log_metrics({TRAINING: float(loss), RATE: self._rate}, step=self._step)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:

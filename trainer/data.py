@@ -93,6 +93,8 @@ class ForecastDataModule(LightningDataModule):
         self._chosen = {"frequency": frequency, "select": select, "drop": drop}
         self._train_dates, self._val_dates = (train_start, train_end), (val_start, val_end)
         self._opened: dict[Dates, Dataset] = {}
+        self._loaders: list[ShardedDataLoader] = []
+        self._position: dict[str, Any] | None = None
 
     @property
     def dataset(self) -> Dataset:
@@ -124,13 +126,31 @@ class ForecastDataModule(LightningDataModule):
         """The cells that this rank owns."""
         return self.partition.cells(self.topology.model_rank)
 
+    @property
+    def samples_per_step(self) -> int:
+        """Of all data groups together, before gradients are accumulated."""
+        return self.topology.effective_batch_size(self.batch_size)
+
     def train_dataloader(self) -> Batches:
-        return self._loader(self.dataset, self._module.rollout.maximum, shuffle=True)
+        batches = self._loader(self.dataset, self._module.rollout.maximum, shuffle=True)
+        if self._position is not None:
+            batches.load_state_dict(self._position)
+        return batches
 
     def val_dataloader(self) -> Batches | list[Batches]:
         if self.validation is None:
             return []
         return self._loader(self.validation, self._module.validation_steps, shuffle=False)
+
+    def resume(self, position: dict[str, Any]) -> None:
+        """Begin training at this position. Lightning restores it too late: it made the loader to count the batches."""
+        self._position = position
+
+    def teardown(self, stage: str) -> None:
+        """End the reading threads."""
+        for loader in self._loaders:
+            loader.close()
+        self._loaders.clear()
 
     def transfer_batch_to_device(self, batch: ShardedBatch, device: torch.device, dataloader_idx: int) -> Batch:
         """Without keep_batch_sharded all cells arrived: from here on the rank keeps its own only."""
@@ -166,6 +186,7 @@ class ForecastDataModule(LightningDataModule):
                 f"{kind} dates {dataset.dates[0]} to {dataset.dates[-1]}, windows of {self.input_steps} + "
                 f"{target_steps}: {error}"
             ) from error
+        self._loaders.append(loader)
         return Batches(loader)
 
     @property

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -19,9 +23,11 @@ class ErrorSums:
         self.areas = areas.double()
         self.squares, self.weights = (torch.zeros(shape, dtype=torch.float64, device=areas.device) for _ in range(2))
 
-    def add(self, lead: int, error: Tensor, counted: Tensor) -> None:
-        """Add errors [batch, ensemble, cells/M, variables] of the samples counted, bool [batch]; NaN is left out."""
-        known = torch.isfinite(error) & counted[:, None, None, None]
+    def add(self, lead: int, error: Tensor, known: Tensor) -> None:
+        """Add errors where they are known; both [batch, ensemble, cells/M, variables].
+
+        An error that is known and not finite, as of a model that diverged, makes the result so.
+        """
         weight = known * self.areas[:, None]
         self.squares[lead] += (torch.where(known, error, 0.0).double().square() * weight).sum(dim=(0, 1, 2))
         self.weights[lead] += weight.sum(dim=(0, 1, 2))
@@ -32,3 +38,45 @@ class ErrorSums:
         if dist.is_initialized():
             dist.all_reduce(sums)
         return (sums[0] / sums[1]).sqrt()
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Root mean square errors of a validation.
+
+    Attributes:
+      leads: lead times, such as 6h.
+      variables: that the model forecasts.
+      rmse: [leads, variables] of the model, in the units of the dataset.
+      persistence: [leads, variables] of a forecast that nothing changes.
+    """
+
+    leads: tuple[str, ...]
+    variables: tuple[str, ...]
+    rmse: NDArray[np.float64]
+    persistence: NDArray[np.float64]
+
+    def flat(self) -> dict[str, float]:
+        """rmse/t/6h: value, persistence/t/6h: value, ..."""
+        return {
+            f"{name}/{variable}/{lead}": float(values[i, k])
+            for name, values in (("rmse", self.rmse), ("persistence", self.persistence))
+            for i, lead in enumerate(self.leads)
+            for k, variable in enumerate(self.variables)
+        }
+
+    def nested(self) -> dict[str, dict[str, dict[str, float | None]]]:
+        """Of each variable and lead time: rmse, persistence, ratio; None where nothing was counted."""
+
+        def number(value: float) -> float | None:
+            return float(value) if np.isfinite(value) else None
+
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratio = self.rmse / self.persistence
+        columns = (("rmse", self.rmse), ("persistence", self.persistence), ("ratio", ratio))
+        return {
+            variable: {
+                lead: {name: number(values[i, k]) for name, values in columns} for i, lead in enumerate(self.leads)
+            }
+            for k, variable in enumerate(self.variables)
+        }

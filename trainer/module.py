@@ -6,19 +6,20 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 import shardio
 from shardio.dates import format_step
 from shardio.errors import DatasetError, PlanError
 from trainer.assembly import Place, assemble_areas, assemble_forecaster, assemble_graph, assemble_loss
+from trainer.curves import SKILL
 from trainer.data import Batch, ForecastDataModule
 from trainer.forecaster import Forecaster, Roles
 from trainer.graph import GraphOptions
 from trainer.loss import Loss, LossOptions
-from trainer.metrics import ErrorSums
+from trainer.metrics import ErrorSums, Scores
 from trainer.model import ModelOptions
 from trainer.optimizer import OptimizerOptions, build_optimizer
 from trainer.strategy import DDPGroupStrategy
@@ -127,37 +128,43 @@ class ForecastModule(LightningModule):
         """Mean loss of the rollout: the same value on all ranks of the model group, the gradient of own cells."""
         assert self.forecaster is not None
         steps = self.rollout.steps(self.current_epoch)
+        self._check_input(batch, steps)
         fields = self.forecaster.normalise(batch.fields)
         losses = [self.loss(*pair) for pair in self.forecaster.rollout(fields, steps)]
         loss = torch.stack([one.value for one in losses]).mean()
         if not torch.isfinite(loss):
-            self._explain(batch, losses)
-        self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=True, batch_size=len(batch.fields))
+            self._tell_divergence(batch, losses)
+        self.log("train/loss", loss.detach(), prog_bar=True, logger=False, batch_size=len(batch.fields))
         return loss
 
-    def _explain(self, batch: Batch, losses: list[Loss]) -> None:
-        """Stop, and say which date and variable brought what is not finite. All ranks of the group come here."""
+    def _check_input(self, batch: Batch, steps: int) -> None:
+        """DatasetError, with variable and date, if a value that is used is not finite and may not be so."""
         assert self.forecaster is not None
+        used = batch.fields[:, : self.forecaster.input_steps + steps]
+        if torch.isfinite(used.sum()):  # one pass, no memory
+            return
         roles = self.forecaster.roles
-        wrong = (~torch.isfinite(batch.fields)).sum(dim=(2, 3)).to(torch.int64)  # [batch, time, variables]
-        if self.place.group is not None:
-            dist.all_reduce(wrong, group=self.place.group)
+        wrong = (~torch.isfinite(used)).sum(dim=(2, 3))  # [batch, time, variables]
         wrong[..., roles.places(self.allow_nan)] = 0
-        found = wrong.nonzero().tolist()
-        if found:
-            sample, time, variable = found[0]
+        wrong[:, : self.forecaster.input_steps, roles.places(self.diagnostics)] = 0
+        for sample, time, variable in wrong.nonzero().tolist():
             raise DatasetError(
-                f"{roles.variables[variable]} of {batch.dates[sample, time]} has {int(wrong[sample, time, variable])} "
-                "cells that are not finite, which would spoil the training. Leave the date or the variable out, or "
-                f"name the variable in --model.allow_nan if NaN means 'no value here'. Step {self.global_step}."
+                f"{roles.variables[variable]} of {batch.dates[sample, time]} is not finite in "
+                f"{int(wrong[sample, time, variable])} of the {used.shape[3]} cells of this rank, which would spoil "
+                f"the training (step {self.global_step}). Leave the date or the variable out, or name the variable in "
+                "--model.allow_nan if NaN means 'no value here'."
             )
+
+    def _tell_divergence(self, batch: Batch, losses: list[Loss]) -> None:
+        """Stop, and say which forecast is not finite. All ranks of the model group come here."""
+        assert self.forecaster is not None
         sums = torch.stack([one.sums for one in losses])
         step, sample, _, output = (~torch.isfinite(sums)).nonzero()[0].tolist()
         date = batch.dates[sample, self.forecaster.input_steps + step]
         raise PlanError(
-            f"the forecast of {roles.outputs[output]} for {date} is not finite in step {self.global_step}, though its "
-            "input is: the training diverged. Lower --model.optimizer.learning_rate, or resume from an earlier "
-            "checkpoint with --trainer.gradient_clip_val 1."
+            f"the forecast of {self.forecaster.roles.outputs[output]} for {date} is not finite in step "
+            f"{self.global_step}, though its input is: the training diverged. Lower --model.optimizer.learning_rate, "
+            "or resume from an earlier checkpoint with --trainer.gradient_clip_val 1."
         )
 
     def on_validation_epoch_start(self) -> None:
@@ -166,26 +173,29 @@ class ForecastModule(LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         assert self.forecaster is not None
+        self._check_input(batch, self.validation_steps)
         model, counted = self.forecaster, torch.from_numpy(~batch.padding).to(batch.fields.device)
         fields = model.normalise(batch.fields)
         outputs = model.roles.places(model.roles.outputs)
         now = fields[:, model.input_steps - 1][..., outputs]
         for lead, (prediction, target) in enumerate(model.rollout(fields, self.validation_steps)):
-            self._errors.add(lead, (prediction - target) * model.stdev[outputs], counted)
-            self._persistence.add(lead, (now - target) * model.stdev[outputs], counted)
+            known = counted[:, None, None, None] & torch.isfinite(target)
+            self._errors.add(lead, (prediction - target) * model.stdev[outputs], known)
+            self._persistence.add(lead, (now - target) * model.stdev[outputs], known & torch.isfinite(now))
 
     def on_validation_epoch_end(self) -> None:
-        errors, persistence = self._errors.root_mean_square(), self._persistence.root_mean_square()
-        roles, step = self.roles(), self.data.dataset.step
+        assert self.forecaster is not None
+        step = self.data.dataset.step
         assert step is not None
-        prognostic = len(roles.prognostic)
-        for lead in range(self.validation_steps):
-            name = format_step((lead + 1) * step)
-            for variable, rmse, still in zip(roles.outputs, errors[lead], persistence[lead], strict=True):
-                self.log(f"val/rmse/{variable}/{name}", rmse)
-                self.log(f"val/persistence/{variable}/{name}", still)
-        skill = (errors / persistence)[:, :prognostic].nanmean()
-        self.log("val/rmse_over_persistence", skill, prog_bar=True)
+        leads = tuple(format_step((lead + 1) * step) for lead in range(self.validation_steps))
+        errors, persistence = self._errors.root_mean_square(), self._persistence.root_mean_square()
+        self.scores = Scores(leads, self.forecaster.roles.outputs, errors.cpu().numpy(), persistence.cpu().numpy())
+        prognostic = slice(len(self.forecaster.roles.prognostic))
+        changing = persistence[:, prognostic] > 0.0  # false where nothing was counted
+        skill = (errors / persistence)[:, prognostic][changing].mean()
+        # Sums over all ranks went into these: every rank logs the same.
+        self.log_dict({f"val/{name}": value for name, value in self.scores.flat().items()}, sync_dist=False)
+        self.log(SKILL, skill, prog_bar=True, sync_dist=False)
 
     # -------------------------------------------------------------------------------------------------- checkpoints
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -202,29 +212,32 @@ class ForecastModule(LightningModule):
             "network": asdict(self.network_options),
         }
         checkpoint["random"] = torch.get_rng_state()
+        checkpoint["samples_per_step"] = self.data.samples_per_step
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse weights of other variables; go on with the same random numbers, and at the same place in the epoch."""
-        if "random" in checkpoint:
-            torch.set_rng_state(checkpoint["random"].cpu())
+        """Refuse weights of other variables; go on with the same random numbers, and at the same place in the data."""
+        if "shardio" not in checkpoint:
+            raise DatasetError("this checkpoint was not written by `trainer fit`. Give the path of one that was.")
         found, expected = checkpoint["shardio"]["variables"], list(self.roles().variables)
         if found != expected:
             raise DatasetError(
                 f"the checkpoint was trained on {', '.join(found)}, the dataset gives {', '.join(expected)}. "
                 "Select the same variables with --data.select."
             )
-        if self.trainer.training:
-            _follow_the_data(checkpoint, self.data)
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            torch.set_rng_state(checkpoint["random"].cpu())
+            self._resume_data(checkpoint)
 
-
-def _follow_the_data(checkpoint: dict[str, Any], data: ForecastDataModule) -> None:
-    """Count the batches of the present epoch in those of the present topology: Lightning stops an epoch by count."""
-    loop = checkpoint["loops"]["fit_loop"]
-    (state,) = loop["state_dict"].get("combined_loader") or [None]
-    if state is None or state["cursor"] == 0:
-        return
-    per_step = data.topology.effective_batch_size(data.batch_size)
-    done = state["samples"] // per_step - (state["samples"] - state["cursor"]) // per_step
-    current = loop["epoch_loop.batch_progress"]["current"]
-    behind = current["ready"] - current["completed"]
-    current.update(ready=done, started=done, processed=done, completed=done - behind)
+    def _resume_data(self, checkpoint: dict[str, Any]) -> None:
+        """Go on at the same sample. Lightning ends an epoch by count: count the batches that this topology makes."""
+        loop = checkpoint["loops"]["fit_loop"]
+        (position,) = loop["state_dict"]["combined_loader"]
+        self.data.resume(position)
+        samples_per_step = self.data.samples_per_step
+        if position["cursor"] == 0 or checkpoint["samples_per_step"] == samples_per_step:
+            return
+        left = (position["samples"] - position["cursor"]) // samples_per_step
+        done = position["samples"] // samples_per_step - left
+        current = loop["epoch_loop.batch_progress"]["current"]
+        behind = current["ready"] - current["completed"]
+        current.update(ready=done, started=done, processed=done, completed=done - behind)

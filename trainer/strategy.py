@@ -8,17 +8,22 @@ optimizer                              the same step on every rank: weights stay
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
 from shardio import Topology
+from shardio.errors import TopologyError
 from trainer.checkpoint import AtomicCheckpointIO
 from trainer.gradients import broadcast_parameters, reduce_gradients
+from trainer.launcher import RankLauncher
 
 
 class DDPGroupStrategy(DDPStrategy):
@@ -42,6 +47,8 @@ class DDPGroupStrategy(DDPStrategy):
         timeout_seconds: float = 600.0,
         process_group_backend: str | None = None,
     ):
+        if not timeout_seconds > 0.0:
+            raise TopologyError(f"timeout_seconds is {timeout_seconds}. Use more than 0; the slowest step must fit in.")
         super().__init__(
             checkpoint_io=AtomicCheckpointIO(),
             timeout=timedelta(seconds=timeout_seconds),
@@ -62,6 +69,10 @@ class DDPGroupStrategy(DDPStrategy):
         """The ranks that hold this rank's model; None for one rank."""
         return self._groups[self.topology.rank // self.num_gpus_per_model] if self._groups else None
 
+    def _configure_launcher(self) -> None:
+        assert self.cluster_environment is not None
+        self._launcher = RankLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
+
     def setup_environment(self) -> None:
         """Start the process group, then the model groups: every rank makes all groups, in the same order."""
         size = self.num_gpus_per_model
@@ -77,6 +88,11 @@ class DDPGroupStrategy(DDPStrategy):
         assert self.model is not None
         broadcast_parameters(parameter.data for parameter in self.model.parameters())
 
+    def on_train_start(self) -> None:
+        """SIGTERM stops as Ctrl-C does: Lightning's handler would broadcast amid whatever the ranks are exchanging."""
+        if not isinstance(self.cluster_environment, SLURMEnvironment):  # there Lightning's requeueing needs it
+            signal.signal(signal.SIGTERM, _interrupt)
+
     def post_backward(self, closure_loss: Tensor) -> None:
         """Gradients of the whole, on all ranks."""
         if self._sync and self.topology.world_size > 1:
@@ -91,3 +107,7 @@ class DDPGroupStrategy(DDPStrategy):
             yield
         finally:
             self._sync = True
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,196 @@
+"""Runs of the command `trainer` as real processes, at the price of a fork each.
+
+A server imports the trainer once; every run is a fork of it, for several ranks with the variables that torchrun sets.
+This file run as a script is that server.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+DATES = 14
+TINY = [
+    *("--trainer.max_epochs=2", "--trainer.enable_progress_bar=false", "--model.forcings=[lsm,latitude]"),
+    *("--model.graph.hidden=ico1", "--model.network.channels=8", "--model.network.num_layers=1"),
+    *("--model.network.num_heads=2", "--save_every=1", "--data.threads=1"),
+]
+PATIENCE = 60.0  # seconds for a run of a few steps; what takes longer hangs
+
+
+def serve() -> None:
+    """Fork for every line of JSON, and say how the forks ended."""
+    import trainer.cli
+
+    children: dict[int, int] = {}
+    for line in sys.stdin:
+        order = json.loads(line)
+        if "wait" in order:
+            end = time.monotonic() + order["seconds"]
+            while order["wait"] not in children and time.monotonic() < end:
+                pid, status = os.waitpid(order["wait"], os.WNOHANG)
+                if pid:
+                    children[pid] = os.waitstatus_to_exitcode(status)
+                else:
+                    time.sleep(0.01)
+            print(json.dumps(children.get(order["wait"])), flush=True)
+            continue
+        pid = os.fork()
+        if pid == 0:
+            _become(order)
+            with contextlib.suppress(SystemExit):
+                trainer.cli.main()
+                sys.stdout.flush()
+                os._exit(0)
+            os._exit(1)
+        print(pid, flush=True)
+
+
+def _become(order: dict[str, Any]) -> None:
+    os.setpgid(0, 0)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    for number, name in ((1, "out"), (2, "err")):
+        file = os.open(f"{order['log']}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(file, number)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.environ.update(order["environment"])
+    os.chdir(order["folder"])
+    sys.argv = ["trainer", *order["arguments"]]
+
+
+class Server:
+    """The process that forks."""
+
+    def __init__(self) -> None:
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        self._process = subprocess.Popen(
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+
+    def ask(self, **order: Any) -> Any:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(json.dumps(order) + "\n")
+        self._process.stdin.flush()
+        return json.loads(self._process.stdout.readline())
+
+
+@cache
+def server() -> Server:
+    """One for all tests; it ends with them, when its input closes."""
+    return Server()
+
+
+class Run:
+    """`trainer *arguments` on so many ranks, under way.
+
+    Args: folder: where it runs; it writes to `run` there.
+    """
+
+    def __init__(self, folder: Path, *arguments: str, ranks: int = 1, environment: dict[str, str] | None = None):
+        self.folder, self.output = folder, folder / "run"
+        number = len(list(folder.glob("log-*-0.err")))
+        self._logs = [folder / f"log-{number}-{rank}" for rank in range(ranks)]
+        rank_variables = [{}] if ranks == 1 else list(_torchrun(ranks))
+        self.pids = [
+            server().ask(
+                arguments=arguments, log=str(log), folder=str(folder), environment=(environment or {}) | variables
+            )
+            for log, variables in zip(self._logs, rank_variables, strict=True)
+        ]
+
+    def wait(self, seconds: float = PATIENCE) -> list[int]:
+        """Exit codes of all ranks; AssertionError if one does not end."""
+        end = time.monotonic() + seconds
+        codes = [server().ask(wait=pid, seconds=end - time.monotonic()) for pid in self.pids]
+        hanging = [rank for rank, code in enumerate(codes) if code is None]
+        if hanging:
+            self.kill()
+        assert not hanging, f"ranks {hanging} did not end in {seconds} s:\n{self.errors}"
+        return codes
+
+    def kill(self, rank: int | None = None) -> None:
+        for pid in self.pids if rank is None else [self.pids[rank]]:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
+
+    def until(self, happened: Callable[[], Any], seconds: float = PATIENCE) -> None:
+        """Wait for something to happen while it runs."""
+        end = time.monotonic() + seconds
+        while not happened():
+            assert time.monotonic() < end, f"did not happen in {seconds} s:\n{self.errors}"
+            time.sleep(0.001)
+
+    @property
+    def errors(self) -> str:
+        """What all ranks wrote to stderr."""
+        return "".join(log.with_suffix(".err").read_text() for log in self._logs if log.with_suffix(".err").exists())
+
+    @property
+    def printed(self) -> str:
+        """What all ranks wrote to stdout."""
+        return "".join(log.with_suffix(".out").read_text() for log in self._logs)
+
+    @property
+    def steps(self) -> int:
+        """Logged so far by the newest version."""
+        logs = sorted(self.output.glob("logs/version_*/metrics.csv"))
+        return max(trace(self.output), default=0) if logs else 0
+
+
+def fit(folder: Path, *arguments: str, ranks: int = 1) -> Run:
+    """A run of `trainer fit` to its end, that went well."""
+    run = Run(folder, "fit", *arguments, ranks=ranks)
+    assert run.wait() == [0] * ranks, run.errors
+    return run
+
+
+def trace(output: Path, name: str = "train/loss") -> dict[int, str]:
+    """The logged digits of each step; a step logged twice must have the same."""
+    values: dict[int, str] = {}
+    for path in sorted(output.glob("logs/version_*/metrics.csv"), key=lambda path: int(path.parent.name[8:])):
+        with path.open(newline="") as file:
+            for row in csv.DictReader(file):
+                if row.get(name):
+                    step = int(row["step"])
+                    assert values.setdefault(step, row[name]) == row[name], f"step {step} of {path}"
+    return values
+
+
+def weights(path: Path) -> dict[str, Any]:
+    import torch
+
+    loaded: dict[str, Any] = torch.load(path, weights_only=True)["state_dict"]
+    return loaded
+
+
+def _torchrun(ranks: int) -> Iterator[dict[str, str]]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test"}
+    for rank in range(ranks):
+        yield shared | {
+            **{"RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0"},
+            **{"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)},
+        }
+
+
+def tiny(dataset: Path | str, *more: str) -> Sequence[str]:
+    """Arguments of a training that takes milliseconds a step."""
+    return [*TINY, f"--data.dataset={dataset}", *more]
+
+
+if __name__ == "__main__":
+    serve()

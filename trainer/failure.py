@@ -1,0 +1,123 @@
+"""When a rank fails, all stop within seconds, and one message says why: that of the first error.
+
+rank 1 throws        it writes its name into the ranks' common store, tells its message, ends
+rank 0 notices       that the connection is gone, finds the name in the store, and ends without a word
+rank 1 is killed     no name is in the store: rank 0 tells who is missing
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch.distributed as dist
+
+from shardio.errors import ShardioError
+
+FIRST = "trainer/first_to_fail"
+SIGNS_OF_LOSS = (
+    *("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting"),
+    *("gloo/", "NCCL"),
+)
+# Rank 0 waits less than the others: it knows most about who is missing, and keeps the store.
+SECONDS_FOR_THE_FIRST = {"rank 0": 2.0, "others": 4.0}
+
+
+def rank() -> int | None:
+    """Of this process; None where it is alone or not yet placed."""
+    if dist.is_initialized():
+        return dist.get_rank() if dist.get_world_size() > 1 else None
+    name = next((name for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if name in os.environ), None)
+    return None if name is None else int(os.environ[name])
+
+
+def lost_a_rank(error: BaseException) -> bool:
+    """Whether this is only the echo of what happened to another rank."""
+    if isinstance(error, ShardioError) or not isinstance(error, RuntimeError):
+        return False
+    return isinstance(error, dist.DistError) or any(sign in str(error) for sign in SIGNS_OF_LOSS)
+
+
+def is_first() -> bool:
+    """Claim to be the first rank that fails; False where another was, or where the ranks' store is gone with it."""
+    if not dist.is_initialized():
+        return _speaks_for_its_node()
+    me = str(dist.get_rank())
+    try:
+        answer: bytes = _store().compare_set(FIRST, "", me)
+    except RuntimeError:
+        return True  # rank 0 is gone with the store, perhaps killed: better one message too many
+    return answer.decode() == me
+
+
+def tell(message: str, debug: bool = False) -> None:
+    """One message on stderr, with the rank; the traceback only if asked for."""
+    where = "" if rank() is None else f"rank {rank()}: "
+    if debug:
+        traceback.print_exc()
+    sys.stdout.flush()
+    # One write: lines of several ranks do not mix.
+    os.write(2, f"Error: {where}{message}\n".encode())
+
+
+def stop(error: BaseException, debug: bool = False, end_others: Callable[[], None] = lambda: None) -> NoReturn:
+    """Tell the error if it is the first of all ranks, and leave at once, without waiting for ranks that hang.
+
+    Args:
+      error: what this rank failed with.
+      debug: with its traceback.
+      end_others: ends the ranks that this one started.
+    """
+    if not lost_a_rank(error):
+        if is_first():
+            tell(_words(error, debug), debug)
+    elif not _another_told() and is_first():
+        tell(
+            "stopped, because the connection to another rank was lost. Without a message of that rank it was killed, "
+            f"often for lack of memory, or hangs. Resume with --ckpt_path last. ({_first_line(error)})",
+            debug,
+        )
+    sys.stderr.flush()
+    end_others()
+    os._exit(1)
+
+
+def _words(error: BaseException, debug: bool) -> str:
+    if isinstance(error, ShardioError):
+        return str(error)
+    advice = "" if debug else " (--debug shows where)"
+    return f"{type(error).__name__}: {error}{advice}"
+
+
+def _another_told() -> bool:
+    """Wait a little for the rank whose error came first: it may still be at its message."""
+    if not dist.is_initialized():
+        return False
+    end = time.monotonic() + SECONDS_FOR_THE_FIRST["others" if dist.get_rank() else "rank 0"]
+    try:
+        while time.monotonic() < end:
+            if _store().check([FIRST]):
+                return True
+            time.sleep(0.05)
+    except RuntimeError:
+        return False
+    return False
+
+
+def _store() -> Any:
+    return dist.distributed_c10d._get_default_store()
+
+
+def _speaks_for_its_node() -> bool:
+    """Before the ranks know one another, those that torchrun or SLURM started would all tell the same."""
+    started_by_others = "RANK" in os.environ or "SLURM_PROCID" in os.environ
+    local = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
+    return not started_by_others or local == "0"
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0][:200]

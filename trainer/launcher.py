@@ -1,0 +1,80 @@
+"""Ranks started by the first of them on a machine, each an eye on the others: none outlives the rest."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+
+from trainer.failure import is_first, tell
+
+GLANCE = 0.2  # seconds between two looks
+SECONDS_TO_END = 6.0  # for the first rank to notice by itself that another has ended
+
+
+class RankLauncher(_SubprocessScriptLauncher):
+    """Lightning's launcher, whose watch kills the first process before it can say why, and looks every 5 s only."""
+
+    def launch(self, function: Callable[..., Any], *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
+        """Start the other ranks of this machine, unless torchrun or SLURM did, and run `function`."""
+        environment = self.cluster_environment
+        environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
+        if not environment.creates_processes_externally:
+            os.environ["LOCAL_WORLD_SIZE"] = str(self.num_processes)  # loaders share the cores by it
+            self._call_children_scripts()
+            self._ending = False
+            threading.Thread(target=self._watch_children, name="watch-ranks", daemon=True).start()
+        elif "TRAINER_PARENT" in os.environ:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the first rank ends the others
+            threading.Thread(target=_watch_parent, name="watch-parent", daemon=True).start()
+        _set_num_threads_if_needed(num_processes=self.num_processes)
+        return function(*args, **kwargs)
+
+    def kill(self, signum: int) -> None:
+        """End the other ranks of this machine."""
+        self._ending = True
+        for child in self.procs:
+            child.send_signal(signum)
+
+    def _call_children_scripts(self) -> None:
+        os.environ["TRAINER_PARENT"] = str(os.getpid())
+        try:
+            super()._call_children_scripts()
+        finally:
+            del os.environ["TRAINER_PARENT"]
+
+    def _watch_children(self) -> None:
+        while not self._ending:
+            codes = [child.poll() for child in self.procs]
+            if any(codes):
+                self._end({rank: code for rank, code in enumerate(codes, 1) if code})
+            if all(code == 0 for code in codes):
+                return
+            time.sleep(GLANCE)
+
+    def _end(self, codes: dict[int, int]) -> None:
+        killed = {rank: -code for rank, code in codes.items() if code < 0}
+        if not killed:
+            # It has told why, or its own message says so. This process notices by itself, unless it waits for ever.
+            time.sleep(SECONDS_TO_END)
+        if not self._ending and is_first():
+            rank, number = next(iter((killed or codes).items()))
+            how = f"was killed by {signal.Signals(number).name}" if killed else f"ended with exit code {number}"
+            cause = ", often for lack of memory" if number == signal.SIGKILL and killed else ""
+            tell(f"local rank {rank} {how}{cause}. All ranks stop. Resume with --ckpt_path last.")
+        self.kill(signal.SIGKILL)
+        os._exit(1)
+
+
+def _watch_parent() -> None:
+    """End with the first rank: a rank that waits for it would wait until its time-out."""
+    parent = int(os.environ["TRAINER_PARENT"])
+    while os.getppid() == parent:
+        time.sleep(GLANCE)
+    os._exit(1)
