@@ -6,10 +6,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Dataset",
+    "Description",
     "Partition",
     "ReadGroupSampler",
     "ShardedBatch",
     "ShardedDataLoader",
+    "ShardedWriter",
     "Topology",
     "__version__",
     "open_dataset",
@@ -17,10 +19,12 @@ __all__ = [
 
 _HOMES = {
     "Dataset": "dataset",
+    "Description": "sharded_writer",
     "Partition": "partition",
     "ReadGroupSampler": "sampler",
     "ShardedBatch": "loader",
     "ShardedDataLoader": "loader",
+    "ShardedWriter": "sharded_writer",
     "Topology": "topology",
     "open_dataset": "dataset",
 }

@@ -90,6 +90,20 @@ class Dataset:
         """Name of the grid."""
         return self.parts[0].source.attributes.get("resolution")
 
+    @property
+    def constants(self) -> tuple[str, ...]:
+        """Variables that the dataset says are constant in time."""
+        about = self.variables_metadata(self.variables)
+        return tuple(name for name in self.variables if about.get(name, {}).get("constant_in_time"))
+
+    def variables_metadata(self, variables: Sequence[str]) -> dict[str, Any]:
+        """What the dataset says about those variables, by name."""
+        about: dict[str, Any] = {}
+        for part in reversed(self.parts):
+            about |= part.source.attributes.get("variables_metadata") or {}
+        stored = dict(zip(self.variables, self._stored_names, strict=True))
+        return {name: about[stored[name]] for name in variables if about.get(stored[name])}
+
     def statistics_tendencies(self, delta: str | None = None) -> dict[str, NDArray[np.float64]]:
         """Statistics of the change over `delta` (default: the frequency), float64 [variable] by name."""
         prefix = f"statistics_tendencies_{delta or self.frequency}_"

@@ -23,6 +23,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 import shardio
 from shardio.allocator import keep_freed_memory
 from shardio.errors import DatasetError, PlanError
+from trainer import predict_cli
 from trainer.checkpoint import KeepLast
 from trainer.curves import SKILL, LossCurve
 from trainer.data import ForecastDataModule
@@ -196,6 +197,10 @@ def main(arguments: list[str] | None = None) -> None:
         if not debug:
             _ignore_advice()
         try:
+            given = sys.argv[1:] if arguments is None else arguments
+            if given[:1] == ["predict"]:
+                predict_cli.main(given[1:])
+                return
             cli = TrainerCLI(arguments)
             cli.run()
         except KeyboardInterrupt:
