@@ -59,7 +59,7 @@ def build_parser() -> ArgumentParser:
 
 def main(arguments: list[str]) -> None:
     """Runs in every rank; the first one starts the others."""
-    options = build_parser().parse_args(arguments)
+    options = build_parser().parse_args([_underscored(argument) for argument in arguments])
     _fill_from_config(options)
     if options.dataset is None:
         raise SelectionError("no dataset is named. Give --dataset PATH, or --config with data.dataset in it.")
@@ -105,6 +105,12 @@ def main(arguments: list[str]) -> None:
     if topology.model_rank == 0:
         for result in results:
             print(json.dumps(result) if options.json else _line(result), flush=True)
+
+
+def _underscored(argument: str) -> str:
+    """--lead-time=240h as --lead_time=240h."""
+    name, equals, value = argument.partition("=")
+    return (name.replace("-", "_").replace("__", "--", 1) if name.startswith("--") else name) + equals + value
 
 
 def _fill_from_config(options: Any) -> None:
