@@ -13,7 +13,7 @@ import pytest
 from shardio.rechunk import Request, prepare, run
 from shardio.synthetic_source import SyntheticSource
 
-EXAMPLE = Path(__file__).parents[1] / "docs" / "examples" / "train_plain_torch.py"
+EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
 
 
 @pytest.fixture(scope="module")
@@ -24,19 +24,21 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
     return path
 
 
-def losses(dataset: str, ranks: int) -> list[float]:
+def losses(example: str, dataset: str, ranks: int) -> list[float]:
     """What the example prints on so many ranks."""
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", str(EXAMPLE), dataset]
+    script = str(EXAMPLES / example)
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", script, dataset]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     return [float(value) for value in re.findall(r"loss ([\d.]+)", done.stdout)]
 
 
-def test_plain_torch_example_learns_the_same_on_one_two_and_four_ranks(dataset: str) -> None:
-    alone = losses(dataset, 1)
+@pytest.mark.parametrize("example", ["train_plain_torch.py", "own_model.py"])
+def test_example_learns_the_same_on_one_two_and_four_ranks(dataset: str, example: str) -> None:
+    alone = losses(example, dataset, 1)
     assert len(alone) == 6
     assert alone[-1] < alone[0]
     # Two ranks divide the 6 grid-chunks evenly; four share chunks and exchange cells.
     for ranks in (2, 4):
-        assert losses(dataset, ranks) == pytest.approx(alone, rel=1e-5)
+        assert losses(example, dataset, ranks) == pytest.approx(alone, rel=1e-5)
