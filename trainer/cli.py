@@ -137,7 +137,7 @@ class TrainerCLI(LightningCLI):
     def _callbacks(self) -> list[Any]:
         callbacks = [*(self._get(self.config_init, "trainer.callbacks") or []), LossCurve(self.option("output"))]
         if self.option("ema_decay") is not None:
-            callbacks.append(EMAWeightAveraging(decay=self.option("ema_decay")))
+            callbacks.append(EMAWeightAveraging(use_buffers=False, decay=self.option("ema_decay")))
         if self.datamodule.has_validation:
             best = {"filename": "best", "monitor": SKILL, "save_top_k": 1, "enable_version_counter": False}
             callbacks.append(ModelCheckpoint(self.checkpoints, **best))
@@ -246,6 +246,8 @@ def _ignore_advice() -> None:
         ".*smaller than the logging interval.*",
         ".*Total length of `list` across ranks is zero.*",  # no validation
         ".*callbacks used to create the checkpoint need to be provided.*",  # to validate, they need not
+        ".*could not find the monitored key.*",  # training ends before the first validation
+        ".*The dirpath has changed from.*",  # the run was moved
         ".*treespec, LeafSpec.*",  # of Lightning itself, with this torch
     ):
         warnings.filterwarnings("ignore", text)

@@ -40,7 +40,8 @@ class LossCurve(Callback):
         if trainer.global_step == self._step:
             return
         self._step = trainer.global_step
-        loss = torch.stack(self._losses).mean()
+        # Lightning hands out losses divided by the batches of a step, whether there were so many or fewer.
+        loss = torch.stack(self._losses).mean() * trainer.accumulate_grad_batches
         self._losses.clear()
         if self._step % trainer.log_every_n_steps:
             return

@@ -41,7 +41,11 @@ class Batches:
 
     def __init__(self, loader: ShardedDataLoader):
         self._loader = loader
-        self.state_dict, self.load_state_dict = loader.state_dict, loader.load_state_dict
+        self.state_dict, self.load_state_dict, self.set_epoch = (
+            loader.state_dict,
+            loader.load_state_dict,
+            loader.set_epoch,
+        )
 
     def __iter__(self) -> Iterator[ShardedBatch]:
         return iter(self._loader)
@@ -95,6 +99,7 @@ class ForecastDataModule(LightningDataModule):
         self._opened: dict[Dates, Dataset] = {}
         self._loaders: list[ShardedDataLoader] = []
         self._position: dict[str, Any] | None = None
+        self._training: Batches | None = None
 
     @property
     def dataset(self) -> Dataset:
@@ -132,10 +137,15 @@ class ForecastDataModule(LightningDataModule):
         return self.topology.effective_batch_size(self.batch_size)
 
     def train_dataloader(self) -> Batches:
-        batches = self._loader(self.dataset, self._module.rollout.maximum, shuffle=True)
+        self._training = self._loader(self.dataset, self._module.rollout.maximum, shuffle=True)
         if self._position is not None:
-            batches.load_state_dict(self._position)
-        return batches
+            self._training.load_state_dict(self._position)
+        return self._training
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Go to its first sample, also where the trainer's limit_train_batches left some of the last one unused."""
+        assert self._training is not None
+        self._training.set_epoch(epoch)
 
     def val_dataloader(self) -> Batches | list[Batches]:
         if self.validation is None:

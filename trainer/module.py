@@ -112,6 +112,10 @@ class ForecastModule(LightningModule):
         """Build this rank's part of the graph, and the model on it: now the ranks know one another."""
         if self.forecaster is not None:
             return
+        with self.trainer.precision_plugin.module_init_context():  # averaging of weights calls this outside of it
+            self._build()
+
+    def _build(self) -> None:
         dataset, place, network = self.data.dataset, self.place, self.network_options
         graph = assemble_graph(dataset, place, self.graph_options, network, self.graph_cache)
         self.forecaster = assemble_forecaster(dataset, place, self.roles(), self.data.input_steps, network, graph)
@@ -124,6 +128,9 @@ class ForecastModule(LightningModule):
         return build_optimizer(self.parameters(), self.optimizer_options, effective, steps)
 
     # --------------------------------------------------------------------------------------------------------- steps
+    def on_train_epoch_start(self) -> None:
+        self.data.begin_epoch(self.current_epoch)
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean loss of the rollout: the same value on all ranks of the model group, the gradient of own cells."""
         assert self.forecaster is not None
@@ -238,6 +245,8 @@ class ForecastModule(LightningModule):
             return
         left = (position["samples"] - position["cursor"]) // samples_per_step
         done = position["samples"] // samples_per_step - left
-        current = loop["epoch_loop.batch_progress"]["current"]
+        progress = loop["epoch_loop.batch_progress"]
+        progress["is_last_batch"] = left == 0  # what is left fills no batch here: the next epoch begins
+        current = progress["current"]
         behind = current["ready"] - current["completed"]
         current.update(ready=done, started=done, processed=done, completed=done - behind)
