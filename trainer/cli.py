@@ -25,6 +25,7 @@ from shardio.allocator import keep_freed_memory
 from shardio.errors import DatasetError, PlanError
 from trainer import predict_cli
 from trainer.checkpoint import KeepLast
+from trainer.configs import by_name
 from trainer.curves import SKILL, LossCurve
 from trainer.data import ForecastDataModule
 from trainer.failure import rank, stop
@@ -35,15 +36,15 @@ from trainer.strategy import DDPGroupStrategy
 
 DESCRIPTION = """Train forecast models that never see the full grid.
 
-  trainer fit --config trainer/configs/demo.yaml
-  trainer validate --config trainer/configs/demo.yaml --ckpt_path last
+  trainer fit --config demo
+  trainer validate --config demo --ckpt_path last
 
 Every knob is in the YAML and a flag of the same name; flags win. trainer fit --help lists them all,
 trainer fit --print_config writes a YAML with all of them."""
 
 FIT = """Train, and write checkpoints, logs and curves.png to the folder --output.
 
-  trainer fit --config trainer/configs/demo.yaml
+  trainer fit --config demo
   trainer fit --config my.yaml --trainer.devices 4 --strategy.num_gpus_per_model 4
   trainer fit --config my.yaml --ckpt_path last                go on where it stopped, on any number of ranks
   torchrun --nproc_per_node 4 -m trainer.cli fit --config my.yaml --strategy.num_gpus_per_model 4
@@ -197,11 +198,11 @@ def main(arguments: list[str] | None = None) -> None:
         if not debug:
             _ignore_advice()
         try:
-            given = sys.argv[1:] if arguments is None else arguments
+            given = by_name(sys.argv[1:] if arguments is None else arguments)
             if given[:1] == ["predict"]:
                 predict_cli.main(given[1:])
                 return
-            cli = TrainerCLI(arguments)
+            cli = TrainerCLI(given)
             cli.run()
         except KeyboardInterrupt:
             _leave(130, "Interrupted.")
