@@ -11,7 +11,7 @@ import warnings
 from contextlib import redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Trainer
@@ -60,6 +60,15 @@ VALIDATE = """Forecast the validation dates, and compare with persistence, the f
 Prints root mean square errors in the units of the dataset, weighted by area, by variable and lead time."""
 
 
+class Parser(LightningArgumentParser):
+    """Without the three pages of usage that would hide what is wrong."""
+
+    def error(self, message: str, *_: Any, **__: Any) -> NoReturn:
+        """Tell it, and leave with code 2."""
+        print(f"Error: {message}\nAll options: {self.prog.replace(' [options]', '')} --help", file=sys.stderr)
+        sys.exit(2)
+
+
 class TrainerCLI(LightningCLI):
     """LightningCLI with the strategy, the run's folder and its checkpoints as knobs of their own."""
 
@@ -71,6 +80,7 @@ class TrainerCLI(LightningCLI):
             seed_everything_default=0,
             save_config_kwargs={"overwrite": True},
             auto_configure_optimizers=False,
+            parser_class=Parser,
             parser_kwargs={
                 "prog": "trainer",
                 "description": DESCRIPTION,
@@ -240,6 +250,7 @@ def _ignore_advice() -> None:
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for text in (
+        ".*LightningCLI's args parameter.*",
         ".*does not have many workers.*",
         ".*Checkpoint directory .* exists and is not empty.*",
         ".*sync_dist=True.*when logging on epoch level.*",

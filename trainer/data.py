@@ -16,6 +16,7 @@ from torch import Tensor
 from shardio import Dataset, Partition, ShardedBatch, ShardedDataLoader, Topology, open_dataset
 from shardio.errors import SelectionError
 from shardio.partition import partition
+from shardio.sampler import valid_starts
 from trainer.strategy import DDPGroupStrategy
 
 Dates = tuple[str | int | None, str | int | None]  # first and last
@@ -142,6 +143,28 @@ class ForecastDataModule(LightningDataModule):
             self._training.load_state_dict(self._position)
         return self._training
 
+    def check_windows(self, topology: Topology, module: Any) -> None:
+        """SelectionError if there are too few dates for a window of input and targets, or for one batch of them."""
+        if self.batch_size < 1 or self.input_steps < 1:
+            raise SelectionError(
+                f"batch_size is {self.batch_size}, input_steps {self.input_steps}. Use 1 or more for both."
+            )
+        for kind, dataset, steps in (
+            ("training", self.dataset, module.rollout.maximum),
+            ("validation", self.validation, module.validation_steps),
+        ):
+            if dataset is None:
+                continue
+            starts = valid_starts(dataset.dates, dataset.is_missing, self.input_steps + steps, self.dataset.step)
+            least = self.batch_size * topology.data_size if dataset is self.dataset else 1
+            if len(starts) < least:
+                raise SelectionError(
+                    f"{len(dataset.dates)} {kind} dates, {dataset.dates[0]} to {dataset.dates[-1]}, hold {len(starts)} "
+                    f"windows of {self.input_steps} + {steps} dates without a gap: fewer than the {least} of one step "
+                    f"(batch size {self.batch_size}, {topology.data_size} data groups). Use more dates, fewer steps "
+                    "ahead, a smaller batch, or fewer data groups."
+                )
+
     def begin_epoch(self, epoch: int) -> None:
         """Go to its first sample, also where the trainer's limit_train_batches left some of the last one unused."""
         assert self._training is not None
@@ -175,27 +198,20 @@ class ForecastDataModule(LightningDataModule):
         return self._opened[dates]
 
     def _loader(self, dataset: Dataset, target_steps: int, shuffle: bool) -> Batches:
-        kind = "training" if shuffle else "validation"
-        try:
-            loader = ShardedDataLoader(
-                dataset,
-                self.topology,
-                batch_size=self.batch_size,
-                input_steps=self.input_steps,
-                target_steps=target_steps,
-                shuffle=shuffle,
-                seed=self.seed,
-                drop_last=shuffle,
-                keep_batch_sharded=self.keep_batch_sharded,
-                group=self._strategy.model_group,
-                device=self._strategy.root_device,
-                **self._read,  # type: ignore[arg-type]
-            )
-        except SelectionError as error:
-            raise SelectionError(
-                f"{kind} dates {dataset.dates[0]} to {dataset.dates[-1]}, windows of {self.input_steps} + "
-                f"{target_steps}: {error}"
-            ) from error
+        loader = ShardedDataLoader(
+            dataset,
+            self.topology,
+            batch_size=self.batch_size,
+            input_steps=self.input_steps,
+            target_steps=target_steps,
+            shuffle=shuffle,
+            seed=self.seed,
+            drop_last=shuffle,
+            keep_batch_sharded=self.keep_batch_sharded,
+            group=self._strategy.model_group,
+            device=self._strategy.root_device,
+            **self._read,  # type: ignore[arg-type]
+        )
         self._loaders.append(loader)
         return Batches(loader)
 

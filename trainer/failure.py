@@ -11,7 +11,8 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch.distributed as dist
@@ -48,20 +49,20 @@ def is_first() -> bool:
         return _speaks_for_its_node()
     me = str(dist.get_rank())
     try:
-        answer: bytes = _store().compare_set(FIRST, "", me)
+        with _torch_silent():
+            answer: bytes = _store().compare_set(FIRST, "", me)
     except RuntimeError:
         return True  # rank 0 is gone with the store, perhaps killed: better one message too many
     return answer.decode() == me
 
 
 def tell(message: str, debug: bool = False) -> None:
-    """One message on stderr, with the rank; the traceback only if asked for."""
-    where = "" if rank() is None else f"rank {rank()}: "
+    """One message on stderr; the traceback only if asked for."""
     if debug:
         traceback.print_exc()
     sys.stdout.flush()
     # One write: lines of several ranks do not mix.
-    os.write(2, f"Error: {where}{message}\n".encode())
+    os.write(2, f"Error: {message}\n".encode())
 
 
 def stop(error: BaseException, debug: bool = False, end_others: Callable[[], None] = lambda: None) -> NoReturn:
@@ -72,13 +73,14 @@ def stop(error: BaseException, debug: bool = False, end_others: Callable[[], Non
       debug: with its traceback.
       end_others: ends the ranks that this one started.
     """
+    where = "" if rank() is None else f"rank {rank()}: "
     if not lost_a_rank(error):
         if is_first():
-            tell(_words(error, debug), debug)
+            tell(where + _words(error, debug), debug)
     elif not _another_told() and is_first():
         tell(
-            "stopped, because the connection to another rank was lost. Without a message of that rank it was killed, "
-            f"often for lack of memory, or hangs. Resume with --ckpt_path last. ({_first_line(error)})",
+            f"{where}stopped, because the connection to another rank was lost. Without a message of that rank it was "
+            f"killed, often for lack of memory, or hangs. Resume with --ckpt_path last. ({_first_line(error)})",
             debug,
         )
     sys.stderr.flush()
@@ -100,8 +102,9 @@ def _another_told() -> bool:
     end = time.monotonic() + SECONDS_FOR_THE_FIRST["others" if dist.get_rank() else "rank 0"]
     try:
         while time.monotonic() < end:
-            if _store().check([FIRST]):
-                return True
+            with _torch_silent():
+                if _store().check([FIRST]):
+                    return True
             time.sleep(0.05)
     except RuntimeError:
         return False
@@ -110,6 +113,19 @@ def _another_told() -> bool:
 
 def _store() -> Any:
     return dist.distributed_c10d._get_default_store()
+
+
+@contextmanager
+def _torch_silent() -> Iterator[None]:
+    """Without what torch's C++ writes to stderr, pages of it, where the store is gone."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _speaks_for_its_node() -> bool:

@@ -31,7 +31,6 @@ class RankLauncher(_SubprocessScriptLauncher):
             self._ending = False
             threading.Thread(target=self._watch_children, name="watch-ranks", daemon=True).start()
         elif "TRAINER_PARENT" in os.environ:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the first rank ends the others
             threading.Thread(target=_watch_parent, name="watch-parent", daemon=True).start()
         _set_num_threads_if_needed(num_processes=self.num_processes)
         return function(*args, **kwargs)
@@ -44,9 +43,12 @@ class RankLauncher(_SubprocessScriptLauncher):
 
     def _call_children_scripts(self) -> None:
         os.environ["TRAINER_PARENT"] = str(os.getpid())
+        # Ctrl-C reaches all of them. They ignore it from their first moment on; the first rank ends them.
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
             super()._call_children_scripts()
         finally:
+            signal.signal(signal.SIGINT, handler)
             del os.environ["TRAINER_PARENT"]
 
     def _watch_children(self) -> None:
@@ -67,7 +69,8 @@ class RankLauncher(_SubprocessScriptLauncher):
             rank, number = next(iter((killed or codes).items()))
             how = f"was killed by {signal.Signals(number).name}" if killed else f"ended with exit code {number}"
             cause = ", often for lack of memory" if number == signal.SIGKILL and killed else ""
-            tell(f"local rank {rank} {how}{cause}. All ranks stop. Resume with --ckpt_path last.")
+            rank += self.cluster_environment.node_rank() * self.num_processes
+            tell(f"rank {rank} {how}{cause}. All ranks stop. Resume with --ckpt_path last.")
         self.kill(signal.SIGKILL)
         os._exit(1)
 

@@ -30,6 +30,7 @@ def check(trainer: Trainer, module: ForecastModule, data: ForecastDataModule) ->
         )
     if dataset.step is None:
         raise SelectionError(f"the dataset has one date, {dataset.dates[0]}. Training needs two or more.")
+    data.check_windows(topology, module)
     if module.network_options.shard_strategy == "heads":
         cut = HeadExchange(None, 0, balanced(topology.model_size, topology.model_size))
         cut.heads(module.network_options.num_heads)

@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
@@ -49,11 +50,14 @@ def serve() -> None:
         pid = os.fork()
         if pid == 0:
             _become(order)
-            with contextlib.suppress(SystemExit):
+            code: Any = 0
+            try:
                 trainer.cli.main()
-                sys.stdout.flush()
-                os._exit(0)
-            os._exit(1)
+            except SystemExit as end:
+                code = end.code
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code or 0)
         print(pid, flush=True)
 
 
@@ -61,13 +65,16 @@ def _become(order: dict[str, Any]) -> None:
     os.setpgid(0, 0)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    started = open(f"{order['log']}.started", "w")
+    sys.addaudithook(lambda event, what: event == "subprocess.Popen" and print(what[:2], file=started, flush=True))
     for number, name in ((1, "out"), (2, "err")):
         file = os.open(f"{order['log']}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, number)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.environ.update(order["environment"])
     os.chdir(order["folder"])
-    sys.argv = ["trainer", *order["arguments"]]
+    # Lightning starts further ranks by this name.
+    sys.argv = [str(Path(sysconfig.get_path("scripts")) / "trainer"), *order["arguments"]]
 
 
 class Server:
@@ -136,6 +143,11 @@ class Run:
     def errors(self) -> str:
         """What all ranks wrote to stderr."""
         return "".join(log.with_suffix(".err").read_text() for log in self._logs if log.with_suffix(".err").exists())
+
+    @property
+    def started(self) -> str:
+        """The processes that the first rank started."""
+        return self._logs[0].with_suffix(".started").read_text()
 
     @property
     def printed(self) -> str:
