@@ -29,7 +29,7 @@ class Grid:
 
 
 def grid_of(name: str) -> Grid:
-    """None of them can be cut evenly: 162, 208, 143 and 151 cells."""
+    """Those of the parity tests cannot be cut evenly: 208, 162, 143 and 151 cells."""
     if name == "octahedral":
         latitudes, longitudes, _ = octahedral("o4")
         return Grid(latitudes, longitudes, 42, GraphOptions("o2", neighbours=5))
@@ -39,6 +39,9 @@ def grid_of(name: str) -> Grid:
     if name == "limited-area":
         places = np.meshgrid(np.linspace(38.0, 56.0, 13), np.linspace(-5.0, 15.0, 11), indexing="ij")
         return Grid(*(axis.ravel() for axis in places), 100, GraphOptions("ico4", cutoff=0.6, neighbours=3))
+    if name.startswith("watched"):  # enough cells that a count of them cannot be taken for anything else
+        latitudes, longitudes, _ = octahedral("o16")
+        return Grid(latitudes, longitudes, {"watched": 100, "watched-astray": 90}[name], GraphOptions("o12"))
     assert name == "irregular"
     random = np.random.default_rng(5)
     latitudes = np.degrees(np.arcsin(random.uniform(-1.0, 1.0, 151)))

@@ -24,6 +24,7 @@ from trainer.optimizer import OptimizerOptions, build_optimizer
 
 STEPS = 5
 INPUT_STEPS = 2
+LAYERS = 2
 LOSSES = {
     "mse": LossOptions("mse", tendency_scaling=True),
     "mae": LossOptions("mae", pressure_scaling=True),
@@ -124,7 +125,7 @@ def train(rank: int, _: Any, case: Case, path: str) -> dict[str, Any]:
 
 
 class Setup:
-    """Loader, model and loss of one rank."""
+    """Loader, model and loss of one rank, in the type that is torch's default."""
 
     def __init__(self, rank: int, case: Case, path: str) -> None:
         model, data, read = case.ranks
@@ -134,7 +135,7 @@ class Setup:
         dataset = open_dataset(path, drop=None if case.masked else [MASKED])
         cells = partition(dataset.shape[3], model, dataset.chunk_cells)
         self.place = Place(cells, self.topology.model_rank, group)
-        options = ModelOptions(case.channels, 2, 4, 2, case.num_chunks, case.checkpointing, case.shard_strategy)
+        options = ModelOptions(case.channels, LAYERS, 4, 2, case.num_chunks, case.checkpointing, case.shard_strategy)
         graph = assemble_graph(dataset, self.place, grid_of(case.grid).graph, options)
         torch.manual_seed(rank)  # ranks draw different weights: only the broadcast makes them equal
         roles = Roles(dataset.variables, FORCINGS, DIAGNOSTICS)
@@ -171,9 +172,13 @@ class Setup:
         losses = [self.loss(*pair) for pair in rolled]
         loss = torch.stack([one.value for one in losses]).mean()
         loss.backward()
+        self.reduce()
+        return loss.detach(), [one.sums for one in losses], [output.detach() for output, _ in rolled]
+
+    def reduce(self) -> None:
+        """Gradients of the whole."""
         if self.world is not None:
             reduce_gradients(self.forecaster.parameters(), self.topology.data_size, self.world)
-        return loss.detach(), [one.sums for one in losses], [output.detach() for output, _ in rolled]
 
 
 def _train(rank: int, case: Case, path: str) -> dict[str, Any]:
