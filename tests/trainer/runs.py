@@ -6,22 +6,24 @@ This file run as a script is that server.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import csv
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-DATES = 14
 TINY = [
     *("--trainer.max_epochs=2", "--trainer.enable_progress_bar=false", "--model.forcings=[lsm,latitude]"),
     *("--model.graph.hidden=ico1", "--model.network.channels=8", "--model.network.num_layers=1"),
@@ -65,8 +67,14 @@ def _become(order: dict[str, Any]) -> None:
     os.setpgid(0, 0)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-    started = open(f"{order['log']}.started", "w")
-    sys.addaudithook(lambda event, what: event == "subprocess.Popen" and print(what[:2], file=started, flush=True))
+    started = Path(f"{order['log']}.started")
+    started.touch()
+
+    def watch(event: str, what: tuple[Any, ...]) -> None:
+        if event == "subprocess.Popen" and "python" in str(what[0]):
+            started.write_text(f"{started.read_text()}{what[1]}\n")
+
+    sys.addaudithook(watch)
     for number, name in ((1, "out"), (2, "err")):
         file = os.open(f"{order['log']}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, number)
@@ -91,6 +99,20 @@ class Server:
         self._process.stdin.write(json.dumps(order) + "\n")
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())
+
+
+@cache
+def waves() -> Path:
+    """A week of waves on 544 cells, in 4 grid-chunks; never changed."""
+    from click.testing import CliRunner
+
+    from shardio.cli import main
+
+    folder = Path(tempfile.mkdtemp(prefix="waves-"))
+    atexit.register(shutil.rmtree, folder)
+    words = ["synth", str(folder / "o8.zarr"), "--grid", "o8", "--dates", "28", "--grid-chunks", "4", "--no-fsync"]
+    assert CliRunner().invoke(main, words).exit_code == 0
+    return folder / "o8.zarr"
 
 
 @cache
@@ -168,10 +190,10 @@ def fit(folder: Path, *arguments: str, ranks: int = 1) -> Run:
     return run
 
 
-def trace(output: Path, name: str = "train/loss") -> dict[int, str]:
-    """The logged digits of each step; a step logged twice must have the same."""
+def trace(output: Path, name: str = "train/loss", version: str = "*") -> dict[int, str]:
+    """The logged digits of each step; a step logged twice, by a run and by the resumed one, must have the same."""
     values: dict[int, str] = {}
-    for path in sorted(output.glob("logs/version_*/metrics.csv"), key=lambda path: int(path.parent.name[8:])):
+    for path in sorted(output.glob(f"logs/version_{version}/metrics.csv"), key=lambda path: int(path.parent.name[8:])):
         with path.open(newline="") as file:
             for row in csv.DictReader(file):
                 if row.get(name):
@@ -180,10 +202,10 @@ def trace(output: Path, name: str = "train/loss") -> dict[int, str]:
     return values
 
 
-def weights(path: Path) -> dict[str, Any]:
+def checkpoint(output: Path, name: str = "last") -> dict[str, Any]:
     import torch
 
-    loaded: dict[str, Any] = torch.load(path, weights_only=True)["state_dict"]
+    loaded: dict[str, Any] = torch.load(output / "checkpoints" / f"{name}.ckpt", weights_only=True)
     return loaded
 
 
@@ -199,9 +221,9 @@ def _torchrun(ranks: int) -> Iterator[dict[str, str]]:
         }
 
 
-def tiny(dataset: Path | str, *more: str) -> Sequence[str]:
+def tiny(*more: str, dataset: Path | None = None) -> list[str]:
     """Arguments of a training that takes milliseconds a step."""
-    return [*TINY, f"--data.dataset={dataset}", *more]
+    return [*TINY, f"--data.dataset={dataset or waves()}", *more]
 
 
 if __name__ == "__main__":

@@ -1,0 +1,162 @@
+"""A rank that dies, throws or hangs: all stop within seconds, one message says why, and what was saved stays whole."""
+
+import os
+import resource
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+from runs import Run, checkpoint, fit, tiny, waves
+
+SECONDS = 15.0  # for all ranks to end; what hangs takes ten minutes
+ENDLESS = "--trainer.max_epochs=100000"
+TWO = [ENDLESS, "--strategy.num_gpus_per_model=2"]
+
+
+def under_way(folder, *arguments, ranks=1):
+    run = Run(folder, "fit", *arguments, ranks=ranks)
+    run.until(lambda: run.steps >= 3)
+    return run
+
+
+def messages(run):
+    """All that the user sees must be messages; each is one line."""
+    lines = run.errors.strip().splitlines()
+    assert all(line.startswith("Error: ") for line in lines), run.errors
+    return lines
+
+
+def children(pid):
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def gone(pid):
+    stat = Path(f"/proc/{pid}/stat")
+    try:
+        return stat.read_text().split()[2] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+@pytest.mark.parametrize(("victim", "codes"), [(1, [1, -9]), (0, [-9, 1])])
+def test_a_rank_killed_amid_a_step_stops_all(tmp_path, victim, codes):
+    run = under_way(tmp_path, *tiny(*TWO), ranks=2)
+    run.kill(victim)
+    assert run.wait(SECONDS) == codes
+    (message,) = messages(run)
+    assert message.startswith(f"Error: rank {1 - victim}: stopped, because the connection to another rank was lost.")
+    assert "Resume with --ckpt_path last." in message
+    assert checkpoint(run.output)["global_step"] >= 3
+
+
+def test_a_killed_rank_of_those_that_the_trainer_started_is_named(tmp_path):
+    run = under_way(tmp_path, *tiny(*TWO, "--trainer.devices=2"))
+    (child,) = children(run.pids[0])
+    os.kill(child, signal.SIGKILL)
+    assert run.wait(SECONDS) == [1]
+    (message,) = messages(run)
+    assert message.startswith("Error: rank 1 was killed by SIGKILL, often for lack of memory. All ranks stop.")
+
+
+def test_an_interrupt_ends_all_ranks_and_leaves_a_checkpoint(tmp_path):
+    run = under_way(tmp_path, *tiny(*TWO, "--trainer.devices=2"))
+    (child,) = children(run.pids[0])
+    os.killpg(run.pids[0], signal.SIGINT)  # as a terminal does
+    assert run.wait(SECONDS) == [130]
+    assert run.errors.strip() == "Interrupted. Go on with --ckpt_path last."
+    run.until(lambda: gone(child), SECONDS)
+    assert checkpoint(run.output)["global_step"] >= 3
+    assert list((run.output / "checkpoints").glob(".*")) == []
+
+
+def test_a_request_to_terminate_is_an_interrupt(tmp_path):
+    run = under_way(tmp_path, *tiny(ENDLESS))
+    os.kill(run.pids[0], signal.SIGTERM)
+    assert run.wait(SECONDS) == [130]
+    assert run.errors.strip() == "Interrupted. Go on with --ckpt_path last."
+
+
+def test_a_rank_that_hangs_is_given_up_after_the_timeout(tmp_path):
+    run = under_way(tmp_path, *tiny(*TWO, "--strategy.timeout_seconds=2"), ranks=2)
+    began = time.monotonic()
+    os.kill(run.pids[1], signal.SIGSTOP)
+    run.until(lambda: gone(run.pids[0]), SECONDS)
+    run.kill()
+    assert run.wait()[0] == 1
+    assert time.monotonic() - began < SECONDS
+    (message,) = messages(run)
+    assert "Timed out waiting 2000ms" in message
+
+
+@pytest.mark.parametrize("sharded", ["true", "false"])
+def test_a_corrupt_chunk_that_one_rank_reads_is_the_one_message(tmp_path, sharded):
+    dataset = shutil.copytree(waves(), tmp_path / "waves.zarr")
+    arguments = tiny(*TWO, f"--data.keep_batch_sharded={sharded}", dataset=dataset)
+    run = under_way(tmp_path, *arguments, ranks=2)
+    file = dataset / "data" / "c.5.0.0.0"
+    content = bytearray(file.read_bytes())
+    offset, length = np.frombuffer(content[-4 * 16 - 4 : -4], "<u8").reshape(4, 2)[3].tolist()
+    content[offset + length // 2] ^= 4  # of the last of four chunks
+    file.write_bytes(content)
+    assert run.wait(SECONDS) == [1, 1]
+    (message,) = messages(run)
+    assert message.startswith("Error: rank 1: date 2020-01-02T06:00:00, grid-chunk 3: ")
+    assert "shardio verify" in message
+
+
+@pytest.fixture
+def holes(tmp_path):
+    """A dataset with one value that is not a number: t of date 9, in the cells of the last rank."""
+    dataset = shutil.copytree(waves(), tmp_path / "holes.zarr")
+    stored = zarr.open(str(dataset), mode="r+")
+    stored["data"][9, stored.attrs["variables"].index("t"), 0, -1] = np.nan
+    return dataset
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_nan_in_a_batch_stops_with_variable_and_date(holes, tmp_path, ranks):
+    run = Run(tmp_path, "fit", *tiny(f"--strategy.num_gpus_per_model={ranks}", dataset=holes), ranks=ranks)
+    assert run.wait() == [1] * ranks
+    (message,) = messages(run)
+    assert f"Error: {'rank 1: ' if ranks == 2 else ''}t of 2020-01-03T06:00:00 is not finite in 1 of" in message
+    assert "--model.allow_nan" in message
+
+
+def test_a_nan_in_a_variable_that_may_have_them_passes(holes, tmp_path):
+    run = fit(tmp_path, *tiny("--model.allow_nan=[t]", "--data.val_start=2020-01-03", dataset=holes))
+    weights = checkpoint(run.output)["state_dict"]
+    assert all(bool(np.isfinite(weight.numpy()).all()) for weight in weights.values())
+
+
+def test_a_training_that_diverges_stops_with_the_forecast_that_did(tmp_path):
+    run = Run(tmp_path, "fit", *tiny("--model.optimizer.learning_rate=1e30"))
+    assert run.wait() == [1]
+    (message,) = messages(run)
+    assert "is not finite in step" in message
+    assert "Lower --model.optimizer.learning_rate" in message
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
+    run = under_way(tmp_path, *tiny(ENDLESS))
+    last = run.output / "checkpoints" / "last.ckpt"
+    limit = last.stat().st_size // 2
+    resource.prlimit(run.pids[0], resource.RLIMIT_FSIZE, (limit, limit))
+    assert run.wait(SECONDS) == [1]
+    (message,) = messages(run)
+    assert message.startswith("Error: the checkpoint ")
+    assert message.endswith("Free space, then resume from it with --ckpt_path last.")
+    assert list(last.parent.glob(".*")) == []
+    step = checkpoint(run.output)["global_step"]
+    resumed = fit(tmp_path, *tiny(f"--trainer.max_steps={step + 2}", "--trainer.max_epochs=-1", "--ckpt_path=last"))
+    assert checkpoint(resumed.output)["global_step"] == step + 2
+
+
+def test_a_traceback_is_shown_only_where_it_is_asked_for(holes, tmp_path):
+    run = Run(tmp_path, "fit", *tiny("--debug", dataset=holes))
+    assert run.wait() == [1]
+    assert "Traceback (most recent call last)" in run.errors
+    assert run.errors.strip().splitlines()[-1].startswith("Error: t of 2020-01-03T06:00:00")
