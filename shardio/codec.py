@@ -44,7 +44,7 @@ class Codec:
 
         try:
             if self.kind == "blosc":
-                self._check_blosc_header(stored, out.nbytes)
+                check_blosc_header(stored, out.nbytes)
                 blosc.decompress(stored, out)
             elif self.kind == "zstd":
                 # Given `out`, numcodecs would accept fewer values than it holds and leave its tail as it was.
@@ -61,17 +61,6 @@ class Codec:
         if values.nbytes != out.nbytes:
             raise ValueError(f"it holds {values.nbytes} bytes, expected {out.nbytes}")
         memoryview(out).cast("B")[:] = values
-
-    @staticmethod
-    def _check_blosc_header(stored: memoryview, nbytes: int) -> None:
-        # blosc trusts its own header: a truncated buffer would be read past its end.
-        if len(stored) < 16:
-            raise ValueError("shorter than a blosc header (16 bytes)")
-        decoded, _, compressed = np.frombuffer(stored[4:16], "<u4").tolist()
-        if decoded != nbytes or compressed != len(stored):
-            raise ValueError(
-                f"its header promises {compressed} stored and {decoded} decoded bytes, expected {nbytes} decoded"
-            )
 
     def v2_metadata(self) -> Json | None:
         """The `compressor` entry of `.zarray`."""
@@ -148,6 +137,18 @@ def from_v3(codecs: list[Json]) -> tuple[Codec, bool] | None:
         return Codec(middle[0]["name"], level=settings.get("level", 0)), checked
     shuffle = _SHUFFLES.index(settings["shuffle"])
     return Codec("blosc", settings["cname"], settings["clevel"], shuffle, settings.get("blocksize", 0)), checked
+
+
+def check_blosc_header(stored: memoryview, nbytes: int) -> None:
+    """ValueError where `stored` does not say that it is this long and decodes to `nbytes`."""
+    # blosc trusts its own header: a truncated buffer would be read past its end.
+    if len(stored) < 16:
+        raise ValueError("shorter than a blosc header (16 bytes)")
+    decoded, _, compressed = np.frombuffer(stored[4:16], "<u4").tolist()
+    if decoded != nbytes or compressed != len(stored):
+        raise ValueError(
+            f"its header promises {compressed} stored and {decoded} decoded bytes, expected {nbytes} decoded"
+        )
 
 
 def crc32c(stored: Any) -> int:

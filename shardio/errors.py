@@ -27,3 +27,7 @@ class OutputError(ShardioError):
 
 class TopologyError(ShardioError):
     """Group sizes that do not divide one another, or a rank outside its world."""
+
+
+# Of a damaged chunk.
+REMEDY = "Copy it again from its source, or run: shardio verify PATH --repair --source SOURCE."

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from uuid import NAMESPACE_URL, uuid5
@@ -30,6 +31,7 @@ def begin_data(folder: Path, layout: ArrayLayout, attributes: Json) -> None:
     """Write the metadata of `data`, before its first chunk."""
     data = folder / "data"
     data.mkdir(parents=True, exist_ok=True)
+    _remove_all_but_data(folder)
     attributes = {**attributes, "_ARRAY_DIMENSIONS": list(DIMENSIONS)}
     if layout.zarr_format == 2:
         files = {".zarray": layout.metadata(), ".zattrs": attributes}
@@ -40,37 +42,62 @@ def begin_data(folder: Path, layout: ArrayLayout, attributes: Json) -> None:
             file.write([json.dumps(content, indent=2).encode()])
 
 
-def finish_dataset(
-    folder: Path, source: Source, layout: ArrayLayout, written: Mapping[int, WrittenDate], about: Json
-) -> None:
-    """Write all small arrays, then the attributes with the complete flag, last."""
-    import zarr
-
-    _remove_all_but_data(folder)
-    dates = [written[i] for i in range(len(source.dates))]
-    total = statistics.merge([d.moments for d in dates if d.moments is not None]) if source.statistics is None else None
-    values = source.statistics or statistics.finish(total)  # type: ignore[arg-type]
+def write_coordinates(folder: Path, source: Source, layout: ArrayLayout) -> dict[str, int]:
+    """Write the arrays that do not depend on the chunks; returns the checksum of each. May run beside the chunks."""
     arrays = [
         Extra("dates", source.dates, {}, ("time",)),
         Extra("latitudes", source.latitudes, {}, ("cell",)),
         Extra("longitudes", source.longitudes, {}, ("cell",)),
-        *(Extra(name, values[name], {}, ("variable",)) for name in statistics.NAMES),
-        Extra(CHECKSUMS, np.array([d.crc for d in dates], np.uint32), {}, ("time", "grid_chunk")),
         *source.extras,
     ]
-    attributes = _attributes(source, layout, total, about["source_fingerprint"]) | {
-        "shardio": {**about, "arrays": {extra.name: checksum(extra.values) for extra in arrays}}
-    }
-    with warnings.catch_warnings():
-        # zarr warns that consolidated metadata and some types are not in the v3 specification; readers cope.
-        warnings.simplefilter("ignore")
-        group = zarr.open_group(folder, mode="a", zarr_format=layout.zarr_format)  # type: ignore[arg-type]
+    with _group(folder, layout) as group:
         for name, about_group in getattr(source, "groups", {}).items():
             group.require_group(name).attrs.put(about_group)
         for extra in arrays:
             _write_array(group, extra, layout.zarr_format)
+    return {extra.name: checksum(extra.values) for extra in arrays}
+
+
+def finish_dataset(
+    folder: Path,
+    source: Source,
+    layout: ArrayLayout,
+    written: Mapping[int, WrittenDate],
+    about: Json,
+    coordinates: Mapping[str, int] | None = None,
+) -> None:
+    """Write what is not written yet, then the attributes with the complete flag, last.
+
+    `coordinates`: what `write_coordinates` returned; None where it is to be called here.
+    """
+    import zarr
+
+    coordinates = write_coordinates(folder, source, layout) if coordinates is None else coordinates
+    dates = [written[i] for i in range(len(source.dates))]
+    total = statistics.merge([d.moments for d in dates if d.moments is not None]) if source.statistics is None else None
+    values = source.statistics or statistics.finish(total)  # type: ignore[arg-type]
+    arrays = [
+        *(Extra(name, values[name], {}, ("variable",)) for name in statistics.NAMES),
+        Extra(CHECKSUMS, np.array([d.crc for d in dates], np.uint32), {}, ("time", "grid_chunk")),
+    ]
+    attributes = _attributes(source, layout, total, about["source_fingerprint"]) | {
+        "shardio": {**about, "arrays": {**coordinates, **{extra.name: checksum(extra.values) for extra in arrays}}}
+    }
+    with _group(folder, layout) as group:
+        for extra in arrays:
+            _write_array(group, extra, layout.zarr_format)
         group.attrs.put(attributes | {"shardio": {**attributes["shardio"], "complete": True}})
         zarr.consolidate_metadata(folder, zarr_format=layout.zarr_format)  # type: ignore[arg-type]
+
+
+@contextmanager
+def _group(folder: Path, layout: ArrayLayout) -> Iterator[Any]:
+    import zarr
+
+    with warnings.catch_warnings():
+        # zarr warns that consolidated metadata and some types are not in the v3 specification; readers cope.
+        warnings.simplefilter("ignore")
+        yield zarr.open_group(folder, mode="a", zarr_format=layout.zarr_format)  # type: ignore[arg-type]
 
 
 def _attributes(source: Source, layout: ArrayLayout, total: NDArray[np.float64] | None, fingerprint: str) -> Json:

@@ -18,9 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardio.codec import crc32c
-from shardio.errors import ChunkError
+from shardio.errors import REMEDY, ChunkError
 from shardio.layout import ArrayLayout
 from shardio.store import SECONDS_TO_ANSWER, LocalStore, Store, kvstore_spec, remote_context
+from shardio.stream import HEADER, BloscRows, streams
 
 # Along each axis a range, or a list of indices in any order; lists along several axes mean their outer product.
 Box = tuple[slice | tuple[int, ...], ...]
@@ -92,8 +93,11 @@ class NativeReader:
         for _ in run(lambda chunk: self._read_chunk(chunk, box, out), touched):
             pass
 
-    def stored(self, chunk: tuple[int, ...]) -> NDArray[np.uint8] | None:
-        """Stored bytes of a chunk, in a buffer of this thread that its next read overwrites; None where absent."""
+    def stored(self, chunk: tuple[int, ...], most: int | None = None) -> NDArray[np.uint8] | None:
+        """Stored bytes of a chunk, in a buffer of this thread that its next read overwrites; None where absent.
+
+        `most`: as many bytes at most, from its begin.
+        """
         name, place = self.layout.file_of(chunk)
         try:
             descriptor = os.open(self.folder / name, os.O_RDONLY)
@@ -102,7 +106,12 @@ class NativeReader:
         try:
             status = os.fstat(descriptor)
             where = (0, status.st_size) if place is None else self._locate(descriptor, status, place, name)
-            return None if where is None else self._pread(descriptor, *where, name, "stored")
+            if where is None:
+                return None
+            offset, nbytes = where
+            if most is None:
+                return self._pread(descriptor, offset, nbytes, name, "stored")
+            return self._pread(descriptor, offset, min(most, nbytes), name, "begin")
         finally:
             os.close(descriptor)
 
@@ -116,6 +125,21 @@ class NativeReader:
             raise ChunkError(f"{where}: the crc32c of its stored bytes is not the one recorded. {REMEDY}")
         self.decode(stored, out, where)
 
+    def streams(self, chunk: tuple[int, ...], largest_block: int) -> bool:
+        """Whether `stream` can take a chunk: blosc, in blocks of at most `largest_block` decoded bytes."""
+        if self.layout.codec is None or self.layout.codec.kind != "blosc":
+            return False
+        header = self.stored(chunk, HEADER)
+        return header is not None and streams(header, largest_block)
+
+    def stream(self, chunk: tuple[int, ...], begins: Sequence[int]) -> BloscRows:
+        """Rows of a chunk that begin at bytes `begins`, to be taken on this thread before it reads again."""
+        stored, where = self.stored(chunk), self.where(chunk)
+        if stored is None:
+            raise ChunkError(f"{where} is missing. {REMEDY}")
+        payload = self._payload(stored, where)
+        return BloscRows(payload, self.layout.chunk_bytes, begins, where)
+
     def where(self, chunk: tuple[int, ...]) -> str:
         """A chunk as messages name it."""
         return f"{self.folder / self.layout.file_of(chunk)[0]} (chunk {'.'.join(map(str, chunk))})"
@@ -123,15 +147,20 @@ class NativeReader:
     def decode(self, stored: NDArray[np.uint8], out: NDArray[Any], where: str) -> None:
         """Check and decode stored bytes into contiguous `out`; ChunkError names `where`."""
         assert self.layout.codec is not None
-        payload = memoryview(stored)
-        if self.layout.checked:
-            payload, expected = payload[:-4], int.from_bytes(payload[-4:], "little")
-            if crc32c(payload) != expected:
-                raise ChunkError(f"{where}: the crc32c of the stored bytes does not match. {REMEDY}")
+        payload = self._payload(stored, where)
         try:
-            self.layout.codec.decode(payload, out)
+            self.layout.codec.decode(memoryview(payload), out)
         except ChunkError as error:
             raise ChunkError(f"{where}: {error}. {REMEDY}") from error
+
+    def _payload(self, stored: NDArray[np.uint8], where: str) -> NDArray[np.uint8]:
+        """Stored bytes without their own crc32c, which is checked where there is one."""
+        if not self.layout.checked:
+            return stored
+        payload, expected = stored[:-4], int.from_bytes(stored[-4:].tobytes(), "little")
+        if crc32c(payload) != expected:
+            raise ChunkError(f"{where}: the crc32c of the stored bytes does not match. {REMEDY}")
+        return payload
 
     def _read_chunk(self, chunk: tuple[int, ...], box: Box, out: NDArray[Any]) -> None:
         layout = self.layout
@@ -196,9 +225,6 @@ class NativeReader:
                 raise ChunkError(f"{self.folder / name} ends at byte {offset + done} of {offset + nbytes}. {REMEDY}")
             done += got
         return buffer
-
-
-REMEDY = "Copy it again from its source, or run: shardio verify PATH --repair --source SOURCE."
 
 
 class TensorstoreReader:

@@ -2,6 +2,8 @@
 
     source --read piece--> buffer [date, variable, ensemble, cell] --encode--> grid-chunks --record--> ledger
 
+Where the source stores a date as one chunk, a thread takes it from there grid-chunk by grid-chunk instead.
+
 One task is a block of dates. A task that ran twice wrote the same bytes twice; a task that was lost is run again.
 """
 
@@ -10,7 +12,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from glob import glob
@@ -27,8 +29,8 @@ from shardio.errors import OutputError, ShardioError
 from shardio.job import Job, WrittenDate, partial_of, sweep_published
 from shardio.layout import ArrayLayout, grid_chunked
 from shardio.plan import Plan, Task, make_plan
-from shardio.source import Selection, Source, open_source
-from shardio.writer import ChunkWriter, StoredChunk, chunk_slices, sync_folder
+from shardio.source import AnemoiSource, Selection, Source, open_source
+from shardio.writer import AtOnce, ChunkWriter, StoredChunk, chunk_slices, sync_folder
 
 Json = dict[str, Any]
 
@@ -131,17 +133,18 @@ def run(prepared: Prepared, report: Callable[[Progress], None] = lambda _: None)
             before = len(written)
             todo = [task for task in prepared.plan.tasks if not _done(task, written)]
             bytes_of_date = layout.grid[3] * layout.chunk_bytes
-            for dates in _execute(prepared, job.dataset / "data", todo):
-                job.record(dates)
-                written.update((date.date, date) for date in dates)
-                report(Progress(len(written), layout.shape[0], (len(written) - before) * bytes_of_date))
-            job.sweep()  # of workers killed in this run
-            if request.sync:
-                sync_folder(job.dataset / "data")
-            with ThreadPoolExecutor(1, "check") as other:  # each takes as long as a date or two, on one thread
-                unchanged = other.submit(_check_unchanged, prepared)
-                output.finish_dataset(job.dataset, prepared.source, layout, written, _about(prepared))
-                unchanged.result()
+            with ThreadPoolExecutor(1, "coordinates") as other:  # one thread busy for as long as a date takes
+                coordinates = other.submit(output.write_coordinates, job.dataset, prepared.source, layout)
+                for dates in _execute(prepared, job.dataset / "data", todo):
+                    job.record(dates)
+                    written.update((date.date, date) for date in dates)
+                    report(Progress(len(written), layout.shape[0], (len(written) - before) * bytes_of_date))
+                job.sweep()  # of workers killed in this run
+                if request.sync:
+                    sync_folder(job.dataset / "data")
+            _check_unchanged(prepared)
+            about, small = _about(prepared), coordinates.result()
+            output.finish_dataset(job.dataset, prepared.source, layout, written, about, small)
             job.publish()
         finally:
             job.close()
@@ -155,7 +158,7 @@ def write_block(
     writer: ChunkWriter,
     task: Task,
     pieces: tuple[slice, ...],
-    pool: ThreadPoolExecutor,
+    pool: Executor,
     buffers: Buffers,
 ) -> list[WrittenDate]:
     """Run one task: read each piece of its dates, write its grid-chunks."""
@@ -175,6 +178,30 @@ def write_block(
                     with opened as file:
                         chunks[i] += file.write(first, [fields[..., cut] for cut in cuts], pool)
     return [WrittenDate.of(date, done, _merged(done)) for date, done in zip(dates, chunks, strict=True)]
+
+
+def _write_streams(source: Source, writer: ChunkWriter, task: Task, *otherwise: Any) -> list[WrittenDate]:
+    """The same on this thread alone, grid-chunk by grid-chunk, for dates that the source streams."""
+    if not _streams(source, writer.layout, task):
+        return write_block(source, writer, task, *otherwise)
+    assert isinstance(source, AnemoiSource)
+    written: list[WrittenDate] = []
+    for date in range(task.start, task.stop):
+        rows = source.stream(date)
+        chunks: list[StoredChunk] = []
+        with writer.open_date(date) as file:
+            for number, cut in enumerate(chunk_slices(slice(0, writer.layout.shape[3]), writer.layout.chunks[3])):
+                fields = writer.buffer()[..., : cut.stop - cut.start]
+                rows.take(fields.reshape(-1, fields.shape[-1]))
+                chunks += file.write(number, [fields], AtOnce())
+        written.append(WrittenDate.of(date, chunks, _merged(chunks)))
+    return written
+
+
+def _streams(source: Source, layout: ArrayLayout, task: Task) -> bool:
+    """Whether the source streams all dates of a task, and holds no more of a row than its part of a grid-chunk."""
+    dates = range(task.start, task.stop)
+    return isinstance(source, AnemoiSource) and all(source.streams(date, 4 * layout.chunks[3]) for date in dates)
 
 
 class Buffers:
@@ -216,18 +243,24 @@ def _elsewhere(request: Request) -> Request:
 def execute_here(
     source: Source, layout: ArrayLayout, plan: Plan, folder: Path, todo: list[Task], sync: bool
 ) -> Iterator[list[WrittenDate]]:
-    """All cores of this process: `in_flight` blocks at once share one pool of threads for their chunks."""
+    """All cores of this process: a date per thread where the source streams, else `in_flight` blocks on all threads."""
     writer = ChunkWriter(folder, layout, plan.threads, sync, source.statistics is None)
-    buffers = Buffers(plan.in_flight)
+    # With fewer dates than threads, all threads work on one. What streams hold of their rows, a grid-chunk at most,
+    # takes the memory of the blocks that they do without.
+    fits = len(plan.pieces) == 1 and len(todo) >= plan.threads <= plan.in_flight * layout.grid[3]
+    streamed = fits and _streams(source, layout, todo[0])
+    work: Callable[..., list[WrittenDate]] = _write_streams if streamed else write_block
+    at_once = plan.threads if streamed else plan.in_flight
     with ExitStack() as stack:
-        pool = stack.enter_context(ThreadPoolExecutor(plan.threads, "chunk"))
-        blocks = stack.enter_context(ThreadPoolExecutor(plan.in_flight, "block"))
+        pool: Executor = AtOnce() if streamed else stack.enter_context(ThreadPoolExecutor(plan.threads, "chunk"))
+        blocks = stack.enter_context(ThreadPoolExecutor(at_once, "block"))
         for executor in (pool, blocks):  # an interrupt drops what has not begun
             stack.callback(executor.shutdown, wait=False, cancel_futures=True)
+        tools = (plan.pieces, pool, Buffers(plan.in_flight))
         waiting: set[Future[list[WrittenDate]]] = set()
         for task in todo:
-            waiting.add(blocks.submit(write_block, source, writer, task, plan.pieces, pool, buffers))
-            if len(waiting) > plan.in_flight:
+            waiting.add(blocks.submit(work, source, writer, task, *tools))
+            if len(waiting) > at_once:
                 done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
                 yield from (future.result() for future in done)
         while waiting:

@@ -20,9 +20,10 @@ from shardio.dates import Dates, between, check_increasing
 from shardio.errors import DatasetError, SelectionError
 from shardio.layout import ArrayLayout, parse
 from shardio.plan import SourceExtent
-from shardio.reader import Reader, open_reader
+from shardio.reader import NativeReader, Reader, open_reader
 from shardio.statistics import NAMES
 from shardio.store import REMOTE, LocalStore, Store, open_store, read_json
+from shardio.stream import BloscRows
 
 Json = dict[str, Any]
 
@@ -195,6 +196,23 @@ class AnemoiSource:
         for reader, start, stop in self._runs_of_dates(dates):
             box = (slice(first + start, first + stop), self._cut, slice(0, self.layout.shape[2]), cells)
             reader.read(box, out[start:stop], pool)
+
+    def streams(self, date: int, largest_block: int) -> bool:
+        """Whether `stream` gives this date: it is one chunk of blocks of at most `largest_block` decoded bytes."""
+        whole = self.layout.chunks == (1, *self.layout.shape[1:]) and np.dtype(self.layout.dtype) == np.float32
+        if not whole or not isinstance(self._reader, NativeReader) or self.dates[date] in self.missing:
+            return False
+        return self._reader.streams(self._chunk(date), largest_block)
+
+    def stream(self, date: int) -> BloscRows:
+        """The fields of a date as rows [variable x ensemble], to be taken on this thread in the order of cells."""
+        assert isinstance(self._reader, NativeReader)
+        _, _, ensemble, cells = self.layout.shape
+        begins = [4 * cells * (variable * ensemble + i) for variable in self._variables for i in range(ensemble)]
+        return self._reader.stream(self._chunk(date), begins)
+
+    def _chunk(self, date: int) -> tuple[int, int, int, int]:
+        return self._dates.start + date, 0, 0, 0
 
     def _runs_of_dates(self, dates: slice) -> list[tuple[Reader, int, int]]:
         """Runs of dates that are missing, or are not: (reader, first, last + 1), relative to `dates.start`."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Executor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,9 @@ from shardio.codec import crc32c
 from shardio.layout import ArrayLayout
 from shardio.plan import ENCODED_AHEAD
 from shardio.reader import Scratch
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -51,19 +54,22 @@ class ChunkWriter:
 
     def encode(self, fields: NDArray[np.float32]) -> tuple[list[bytes], StoredChunk]:
         """Compress `fields` [variable, ensemble, cells of one chunk or fewer]; short chunks are padded with NaN."""
-        shape = self.layout.chunks[1:]
-        nbytes = int(np.prod(shape)) * 4
-        chunk = self._scratch.take("gathered", nbytes).view(np.float32).reshape(shape)
-        cells = fields.shape[-1]
-        chunk[..., :cells] = fields
+        chunk, cells = self.buffer(), fields.shape[-1]
+        if not np.may_share_memory(chunk, fields):
+            chunk[..., :cells] = fields
         chunk[..., cells:] = self.layout.fill_value
         assert self.layout.codec is not None
         stored = self.layout.codec.encode(chunk)
-        moments = statistics.moments(chunk[..., :cells].reshape(shape[0], -1)) if self._with_moments else None
+        moments = statistics.moments(chunk[..., :cells].reshape(len(chunk), -1)) if self._with_moments else None
         crc = crc32c(stored)
         if self.layout.checked:
             return [stored, crc.to_bytes(4, "little")], StoredChunk(crc, len(stored) + 4, moments)
         return [stored], StoredChunk(crc, len(stored), moments)
+
+    def buffer(self) -> NDArray[np.float32]:
+        """Where this thread gathers a chunk [variable, ensemble, cell]; fields that lie there already stay in place."""
+        shape = self.layout.chunks[1:]
+        return self._scratch.take("gathered", int(np.prod(shape)) * 4).view(np.float32).reshape(shape)
 
     def store(self, date: int, chunk: int, fields: NDArray[np.float32]) -> StoredChunk:
         """Encode one chunk into its own file."""
@@ -118,6 +124,15 @@ class ZarrShard:
             index = np.array(self._index, "<u8").tobytes()
             self._file.write([index, crc32c(index).to_bytes(4, "little")])
         self._file.__exit__(kind)
+
+
+class AtOnce(Executor):
+    """Runs what is submitted at once, on the thread that submits it."""
+
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        future: Future[T] = Future()
+        future.set_result(fn(*args, **kwargs))
+        return future
 
 
 def _lookahead(pool: Executor, function: Any, items: list[Any], ahead: int) -> Iterator[Any]:

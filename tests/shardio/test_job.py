@@ -118,20 +118,21 @@ def ledger(destination):
     return {json.loads(line)[0] for line in whole}
 
 
+@pytest.mark.parametrize(("written", "done"), [("dates", r"\d+"), ("mean", "60")], ids=["beside data", "at the end"])
 def test_kill_while_the_small_arrays_are_written_is_bit_identical(
-    source, uninterrupted, begin, process, tree, tmp_path
+    written, done, source, uninterrupted, begin, process, tree, tmp_path
 ):
     random = np.random.default_rng(0)
     for attempt in range(4):
         destination = tmp_path / f"{attempt}.zarr"
         with begin(*command(source, destination, "--no-fsync")) as running:
-            while running.poll() is None and not list(partial_of(destination).glob("dataset-*/dates")):
+            while running.poll() is None and not list(partial_of(destination).glob(f"dataset-*/{written}")):
                 time.sleep(0.0005)
             time.sleep(random.random() * 0.02)
             running.kill()
             running.communicate()
         if not destination.exists():
-            with pytest.raises(DatasetError, match="incomplete: 60 of 60"):
+            with pytest.raises(DatasetError, match=f"incomplete: {done} of 60"):
                 describe(str(destination))
             assert process(*command(source, destination, "--no-fsync")).returncode == 0
         assert tree(destination) == uninterrupted[3]

@@ -1,0 +1,114 @@
+"""Decode a chunk that is a whole date little by little: what is encoded next is then still in the processor's cache.
+
+A blosc chunk is a sequence of blocks, each compressed by itself, after a header that says where each begins. Any run
+of blocks behind a header of its own is a blosc chunk too: that is how a part of a date is decoded.
+
+    header (16 bytes) | begin of every block (4 bytes each) | block | block | ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardio.codec import check_blosc_header
+from shardio.errors import REMEDY, ChunkError
+
+HEADER = 16
+DONT_SPLIT, UNCOMPRESSED = 0x10, 0x02
+
+
+class BloscRows:
+    """Rows of bytes within one blosc chunk, taken side by side, each from its begin."""
+
+    def __init__(self, stored: NDArray[np.uint8], nbytes: int, begins: Sequence[int], where: str):
+        """`stored`, of `nbytes` decoded bytes, is this object's own while it is used; `begins`: first of every row.
+
+        ChunkError, here and from `take`, where blosc cannot decode it.
+        """
+        self._stored, self._nbytes, self._where = stored, nbytes, where
+        try:
+            check_blosc_header(memoryview(stored), nbytes)
+        except ValueError as error:
+            raise self._damaged(str(error)) from error
+        self._header = stored[:HEADER].copy()
+        self._block = int(self._header[8:12].view("<u4")[0])
+        first = HEADER + 4 * -(-nbytes // max(self._block, 1))  # of the blocks' bytes
+        if self._block == 0 or first > len(stored):
+            raise self._damaged("it has no table of blocks")
+        self._begins = stored[HEADER:first].view("<i4").astype(np.int64)
+        if self._begins.min() < first or self._begins.max() >= len(stored):
+            raise self._damaged("its table of blocks points outside of it")
+        self._ends = _ends(self._begins, len(stored))
+        self._next = [begin // self._block for begin in begins]  # block to decode next, of every row
+        self._spare = np.empty((len(begins), self._block), np.uint8)
+        self._held = [self._decoded(row, begin % self._block) for row, begin in enumerate(begins)]
+
+    def take(self, out: NDArray[np.float32]) -> None:
+        """Fill `out` [row, values] with what comes next of every row."""
+        for row, values in enumerate(out):
+            self._take(row, values.view(np.uint8))
+
+    def _take(self, row: int, out: NDArray[np.uint8]) -> None:
+        # Every block is decoded once: of the last, the part that is not wanted yet is held.
+        held = self._held[row][: len(out)]
+        out[: len(held)] = held
+        self._held[row] = self._held[row][len(held) :]
+        rest = out[len(held) :]
+        whole = len(rest) // self._block * self._block
+        if whole:
+            self._decode(self._next[row], rest[:whole])
+            self._next[row] += whole // self._block
+        if whole < len(rest):
+            last = self._decoded(row, 0)
+            rest[whole:] = last[: len(rest) - whole]
+            self._held[row] = last[len(rest) - whole :]
+
+    def _decoded(self, row: int, skip: int) -> NDArray[np.uint8]:
+        """The next block of a row but for its first `skip` bytes, in the row's own buffer."""
+        block = self._spare[row, : self._nbytes - self._next[row] * self._block]
+        self._decode(self._next[row], block)
+        self._next[row] += 1
+        return block[skip:]
+
+    def _decode(self, first: int, out: NDArray[np.uint8]) -> None:
+        """Decode whole blocks, or the last, behind a header that lies for a moment over the bytes before them."""
+        from numcodecs import blosc
+
+        count = -(-len(out) // self._block)
+        begins = self._begins[first : first + count]
+        before = HEADER + 4 * count
+        begin, end = int(begins.min()) - before, int(self._ends[first : first + count].max())
+        chunk = self._stored[begin:end]
+        covered = chunk[:before].copy()
+        chunk[:HEADER] = self._header
+        chunk[4:HEADER].view("<u4")[:] = (len(out), min(self._block, len(out)), end - begin)
+        if len(out) < self._block:
+            chunk[2] |= DONT_SPLIT  # as blosc stores a short last block
+        chunk[HEADER:before].view("<i4")[:] = begins - begin
+        try:
+            blosc.decompress(chunk, out)
+        except RuntimeError as error:
+            raise self._damaged(str(error)) from error
+        finally:
+            chunk[:before] = covered
+
+    def _damaged(self, problem: str) -> ChunkError:
+        return ChunkError(f"{self._where}: blosc cannot decode {len(self._stored)} stored bytes: {problem}. {REMEDY}")
+
+
+def streams(header: NDArray[np.uint8], largest_block: int) -> bool:
+    """Whether what follows comes in blocks, none above `largest_block` bytes: else there is nothing to gain."""
+    if len(header) < HEADER or header[2] & UNCOMPRESSED:
+        return False
+    return 0 < int(header[8:HEADER].view("<u4")[0]) <= largest_block
+
+
+def _ends(begins: NDArray[np.int64], size: int) -> NDArray[np.int64]:
+    """Where every block ends; threads of blosc store them in any order."""
+    order = np.argsort(begins)
+    ends = np.empty_like(begins)
+    ends[order] = np.append(begins[order[1:]], size)
+    return ends
