@@ -154,20 +154,11 @@ def _positions(listed: Int64, edges: int) -> Int64:
 
 
 def _tables(by_node: _Sorted, none: int) -> list[Bucket]:
-    """All nodes that have edges, in tables, widest first.
-
-    From the widest down a table takes in nodes with fewer edges until one in PADDING of its places is empty: a few
-    tables, however many different numbers of edges there are.
-    """
+    """All nodes that have edges, in tables, widest first."""
     degrees = np.diff(by_node.offsets)
-    widths, counts = (column[::-1] for column in np.unique(degrees[degrees > 0], return_counts=True))
     tables = []
-    while widths.size:
-        width = widths[0]
-        places = np.cumsum(counts) * width
-        fitting = places - np.cumsum(counts * widths) <= places / PADDING
-        taken = widths.size if fitting.all() else int(np.argmin(fitting))
-        nodes = np.flatnonzero((degrees <= width) & (degrees >= widths[taken - 1]))
+    for width, least in table_widths(degrees):
+        nodes = np.flatnonzero((degrees <= width) & (degrees >= least))
         place, degree = np.arange(width), degrees[nodes, None]
         listed = by_node.offsets[nodes, None] + np.minimum(place, degree - 1)
         empty = place >= degree
@@ -175,8 +166,24 @@ def _tables(by_node: _Sorted, none: int) -> list[Bucket]:
         holes = torch.from_numpy(empty).unsqueeze(-1) if empty.any() else None
         ends = torch.from_numpy(by_node.ends[listed])
         tables.append(Bucket(torch.from_numpy(nodes), ends, torch.from_numpy(edges), holes))
-        widths, counts = widths[taken:], counts[taken:]
     return tables
+
+
+def table_widths(degrees: Int64) -> list[tuple[int, int]]:
+    """Most and fewest edges of a node of each table, given the number of edges of every node.
+
+    From the widest down a table takes in nodes with fewer edges until one in PADDING of its places is empty: a few
+    tables, however many different numbers of edges there are.
+    """
+    widths, counts = (column[::-1] for column in np.unique(degrees[degrees > 0], return_counts=True))
+    found = []
+    while widths.size:
+        places = np.cumsum(counts) * widths[0]
+        fitting = places - np.cumsum(counts * widths) <= places / PADDING
+        taken = widths.size if fitting.all() else int(np.argmin(fitting))
+        found.append((int(widths[0]), int(widths[taken - 1])))
+        widths, counts = widths[taken:], counts[taken:]
+    return found
 
 
 # A compiler would unroll all blocks; the linears around it are what it is good for.

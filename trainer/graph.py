@@ -185,7 +185,7 @@ def _build(latitudes: Float64, longitudes: Float64, cells: Partition, rank: int,
     _check_sizes(mesh, order.size, cells)
     source, destination = _processor_pairs(mesh, near.nodes.position, order, options)
     processor_work = options.processor_layers * np.bincount(destination, minlength=order.size)
-    bounds = _equal_work(np.maximum(survey.feeding[order], 1) + processor_work, cells.ranks)
+    bounds = equal_work(np.maximum(survey.feeding[order], 1) + processor_work, cells.ranks)
     hidden, mine, owned = near.nodes[order], slice(bounds[rank], bounds[rank + 1]), cells.cells(rank)
     features = hidden[destination].towards(hidden.position[source])
     features /= np.sqrt(np.mean(features[:, 0] ** 2)) if features.size else 1.0
@@ -337,7 +337,7 @@ def _processor_pairs(mesh: Mesh, nodes: Float64, order: Int64, options: GraphOpt
     return source[kept], destination[kept]
 
 
-def _equal_work(work: Int64, ranks: int) -> tuple[int, ...]:
+def equal_work(work: Int64, ranks: int) -> tuple[int, ...]:
     """Bounds of contiguous ranges whose work is the mean to within that of one node; none is empty."""
     done = np.concatenate([[0], np.cumsum(work)])
     bounds = [0]
