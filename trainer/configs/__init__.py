@@ -19,5 +19,5 @@ def by_name(arguments: list[str]) -> list[str]:
 
 
 def _path(name: str) -> str:
-    own = Path(__file__).with_name(f"{name}.yaml")
+    own = Path(__file__).parent / f"{name}.yaml"
     return str(own) if "/" not in name and own.exists() and not Path(name).exists() else name
