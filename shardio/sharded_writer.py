@@ -1,7 +1,8 @@
 """Write one dataset from many ranks: each rank stores its own grid-chunks, nobody gathers, nothing is merged.
 
     OUT.zarr.partial/job.json            begun by the first rank, which holds the lock
-    OUT.zarr.partial/chunks.RANK.jsonl   each rank notes its finished chunks: date, chunk, crc32c, bytes
+    OUT.zarr.partial/ledger.jsonl        what was written when the run began, or began again: date, chunk, crc32c, bytes
+    OUT.zarr.partial/ledger.RANK.jsonl   what each rank has written since
     OUT.zarr.partial/dataset-ID/data/    one file per chunk (Zarr v2), written by the rank that owns it
     OUT.zarr                             the first rank renames, when all chunks are there
 
@@ -11,12 +12,12 @@ A run that was killed goes on where its ledgers end, on the same or on other ran
 from __future__ import annotations
 
 import json
-import math
 import os
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -24,17 +25,16 @@ from types import TracebackType
 import numpy as np
 from numpy.typing import NDArray
 
-from shardio import output
+from shardio import ledgers, output
 from shardio.codec import named
 from shardio.dates import Dates
 from shardio.errors import OutputError
-from shardio.job import Job, Json, WrittenDate, partial_of
+from shardio.job import Job, Json, WrittenDate, partial_of, read_job
 from shardio.layout import ArrayLayout, grid_chunked
+from shardio.ledgers import Lock
 from shardio.reader import NativeReader
 from shardio.source import Extra
 from shardio.writer import ChunkWriter
-
-Key = tuple[int, int]  # date, grid-chunk
 
 
 @dataclass(frozen=True)
@@ -79,9 +79,9 @@ class ShardedWriter:
       identity: what must be equal for a run to go on with another's output; plain values.
       chunks: the grid-chunks of this rank; the ranks together have all of them, each once.
       rank: of those that write; the first begins and ends the job.
-      barrier: waits for all that write; nothing for one rank.
+      tell: what every rank says to all others, on all of them, such as all_gather_object; one rank needs none.
       overwrite: replace a complete output, discard an unfinished one.
-      ahead: dates that may wait to be written before `put` waits.
+      ahead: dates that may be on their way to the disk before `put` waits.
       command: that would finish the job, for messages.
       sync: make every file durable before it gets its name.
 
@@ -98,47 +98,83 @@ class ShardedWriter:
         identity: Json,
         chunks: range,
         rank: int = 0,
-        barrier: Callable[[], None] = lambda: None,
+        tell: Callable[[str], Sequence[str]] = lambda said: [said],
         overwrite: bool = False,
         ahead: int = 2,
         command: str = "the same command",
         sync: bool = True,
     ):
+        if ahead < 1:
+            raise OutputError(f"{ahead} dates may be on their way to the disk. Let it be 1 or more.")
         self.path, self.about, self.layout, self.chunks, self.rank = Path(path), about, about.layout, chunks, rank
-        self._barrier, self._job, self._sync = barrier, None, sync
-        self._identity = {**identity, "dates": len(about.dates), "chunk_cells": about.chunk_cells}
-        self._arguments = (command, sync, overwrite)
+        self._identity = full_identity(about, identity)
+        self._command, self._sync, self._overwrite = command, sync, overwrite
+        self._tell = tell
+        self._job: Job | None = None
         self._permits = threading.Semaphore(ahead)
         self._pool = ThreadPoolExecutor(1, "shardio-write")
         self._writing: list[Future[None]] = []
+        self._open = ExitStack()
         self.waited, self.nbytes = 0.0, 0
 
-    _job: Job | None
-
+    # ------------------------------------------------------------------------------------------------------ the start
     def __enter__(self) -> ShardedWriter:
-        command, sync, overwrite = self._arguments
-        if self.rank == 0:
-            self._job = Job(self.path, self._identity, command, sync, overwrite)
-            if not self._job.resumed:
-                for ledger in self._job.folder.glob("chunks.*.jsonl"):
-                    ledger.unlink()
-            output.begin_data(self._job.dataset, self.layout, {})
-            self._job.sweep()
-        self._barrier()
-        (dataset,) = partial_of(self.path).glob("dataset-*")
-        self._dataset, self._folder = dataset, dataset / "data"
-        self._writer = ChunkWriter(self._folder, self.layout, 1, sync, with_moments=False)
-        self._chunks_done = self._read_ledgers()
-        every = range(self.layout.grid[3])
-        self.done = {
-            date for date in range(len(self.about.dates)) if all((date, chunk) in self._chunks_done for chunk in every)
-        }
-        self._barrier()  # all have read the ledgers before one goes on writing them
-        name = f"chunks.{self.rank}.jsonl"
-        self._ledger = (partial_of(self.path) / name).open("a", encoding="utf-8")
-        self._ledger.write("\n")  # a kill may have torn the last line
+        try:
+            self._together(self._begin if self.rank == 0 else lambda: None)
+            self._together(self._join)
+        except BaseException:
+            self._open.close()
+            raise
         return self
 
+    def _begin(self) -> None:
+        """Of the first rank: take the job up, or go on with it; then one ledger says what is written."""
+        self._job = self._open.enter_context(
+            closing(Job(self.path, self._identity, self._command, self._sync, self._overwrite))
+        )
+        folder = self._job.folder
+        with closing(Lock(folder, alone=True)):  # ranks that outlived the first one would still write
+            said = ledgers.read(folder) if self._job.resumed else {}
+            output.begin_data(self._job.dataset, self.layout, {})
+            self._job.sweep()
+            # Without fsync power loss leaves files of the right size that hold something else.
+            data, check = self._job.dataset / "data", not self._job.was_synced
+            ledgers.merge(folder, ledgers.there(said, data, self.layout, check), self._sync)
+
+    def _join(self) -> None:
+        """Of every rank: see what is written, and be ready to write."""
+        folder = partial_of(self.path)
+        self._open.enter_context(closing(Lock(folder, alone=False)))
+        begun = read_job(self.path)
+        if begun is None or begun["identity"] != json.loads(json.dumps(self._identity)):
+            raise OutputError(
+                f"{self.path}: rank {self.rank} was asked for something else than rank 0. Ask them alike."
+            )
+        (dataset,) = folder.glob("dataset-*")
+        self._folder = dataset / "data"
+        self._writer = ChunkWriter(self._folder, self.layout, 1, self._sync, with_moments=False)
+        self._chunks_done = set(ledgers.read(folder))
+        every, dates = range(self.layout.grid[3]), range(len(self.about.dates))
+        self.done = {date for date in dates if all((date, chunk) in self._chunks_done for chunk in every)}
+        # It need not be durable: what it lacks after power loss is written again.
+        self._ledger = self._open.enter_context(ledgers.of_rank(folder, self.rank).open("a", encoding="utf-8"))
+
+    def _together(self, act: Callable[[], None]) -> None:
+        """Act, then hear how it went elsewhere: all ranks go on, or all fail with the first one's cause."""
+        failure: Exception | None = None
+        try:
+            act()
+        except OSError as error:
+            failure = self._of_the_disk("cannot be written", error)
+        except Exception as error:
+            failure = error
+        said = [message for message in self._tell("" if failure is None else str(failure)) if message]
+        if failure is not None:
+            raise failure
+        if said:
+            raise OutputError(said[0])
+
+    # ------------------------------------------------------------------------------------------------------- the work
     def read(self, date: int, cells: slice) -> NDArray[np.float32]:
         """[variable, ensemble, cells] of a date that is done."""
         out = np.empty((1, *self.layout.shape[1:3], cells.stop - cells.start), np.float32)
@@ -148,15 +184,23 @@ class ShardedWriter:
         return values
 
     def put(self, date: int, fields: NDArray[np.float32]) -> None:
-        """Write this rank's cells of a date, on another thread; waits while too many dates are on the way.
+        """Write this rank's cells of a date, on another thread; waits while too many dates are on their way.
 
         Args: fields: [variable, ensemble, cells of this rank's chunks]; not to be changed afterwards.
         Raises: what went wrong in an earlier write.
         """
+        size = self.about.chunk_cells
+        cells = min(self.chunks.stop * size, self.layout.shape[3]) - self.chunks.start * size
+        expected = (*self.layout.shape[1:3], cells)
+        if fields.shape != expected:
+            raise OutputError(f"{self.path}: fields {fields.shape} do not fit rank {self.rank}. Give {expected}.")
         start = time.perf_counter()
         self._permits.acquire()
         self.waited += time.perf_counter() - start
-        self._raise_failures()
+        finished = [future for future in self._writing if future.done()]
+        for future in finished:
+            self._writing.remove(future)
+            future.result()
         self._writing.append(self._pool.submit(self._store, date, fields))
 
     def _store(self, date: int, fields: NDArray[np.float32]) -> None:
@@ -165,103 +209,87 @@ class ShardedWriter:
             for chunk in self.chunks:
                 if (date, chunk) in self._chunks_done:
                     continue
-                cut = slice((chunk - first) * size, (chunk - first + 1) * size)
-                stored = self._writer.store(date, chunk, np.ascontiguousarray(fields[..., cut]))
+                stored = self._writer.store(
+                    date, chunk, fields[..., (chunk - first) * size : (chunk - first + 1) * size]
+                )
                 self.nbytes += stored.nbytes
-                self._ledger.write(json.dumps([date, chunk, stored.crc, stored.nbytes]) + "\n")
+                self._ledger.write(ledgers.line(date, chunk, stored.crc, stored.nbytes))
                 self._ledger.flush()
         except OSError as error:
-            raise OutputError(
-                f"{self.path}: the fields of {self.about.dates[date]} cannot be written: {error}. Free space or repair "
-                "the disk, then run the same command again: it goes on where it stopped."
-            ) from error
+            raise self._of_the_disk(f"{self.about.dates[date]} cannot be written", error) from error
         finally:
             self._permits.release()
 
-    def _raise_failures(self) -> None:
-        finished = [future for future in self._writing if future.done()]
-        self._writing = [future for future in self._writing if not future.done()]
-        for future in finished:
-            future.result()
+    def _of_the_disk(self, what: str, error: OSError) -> OutputError:
+        return OutputError(
+            f"{self.path}: {what}: {error}. Free space or repair the disk, then run the same command again: it goes on "
+            "where it stopped."
+        )
 
+    # -------------------------------------------------------------------------------------------------------- the end
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        start = time.perf_counter()
-        self._pool.shutdown(wait=True, cancel_futures=kind is not None)
-        self.waited += time.perf_counter() - start
-        try:
+        with self._open:
+            start = time.perf_counter()
+            self._pool.shutdown(wait=True, cancel_futures=kind is not None)
+            self.waited += time.perf_counter() - start
             if kind is None:
-                for future in self._writing:
-                    future.result()
-                self._ledger.flush()
-                os.fsync(self._ledger.fileno())
-                self._barrier()
-                if self._job is not None:
-                    self._publish(self._job)
-                self._barrier()
-        finally:
-            self._ledger.close()
-            if self._job is not None:
-                self._job.close()
+                self._together(self._drain)
+                self._together(self._publish)
 
-    def _publish(self, job: Job) -> None:
-        found = self._read_ledgers()
+    def _drain(self) -> None:
+        for future in self._writing:
+            future.result()
+        self._ledger.close()  # over NFS only then others see all of it
+
+    def _publish(self) -> None:
+        if self._job is None:
+            return
+        found = ledgers.there(ledgers.read(self._job.folder), self._folder, self.layout)
+        chunks = range(self.layout.grid[3])
         written: dict[int, WrittenDate] = {}
         for date in range(len(self.about.dates)):
-            absent = [chunk for chunk in range(self.layout.grid[3]) if (date, chunk) not in found]
+            absent = [chunk for chunk in chunks if (date, chunk) not in found]
             if absent:
                 raise OutputError(
                     f"{self.path}: {self.about.dates[date]} has no grid-chunk {absent[0]}. Every rank has to `put` "
                     "every date."
                 )
-            pairs = [found[date, chunk] for chunk in range(self.layout.grid[3])]
+            pairs = [found[date, chunk] for chunk in chunks]
             written[date] = WrittenDate(date, tuple(crc for crc, _ in pairs), tuple(n for _, n in pairs), None)
         about = {
             "format_version": output.FORMAT_VERSION,
             "grid_chunks": self.layout.grid[3],
             "chunk_cells": self.about.chunk_cells,
-            "codec": "lz4",
-            "source": self.about.attributes.get("model", {}),
+            "codec": str(self.layout.codec),
+            "source": self.about.attributes.get("description", ""),
             "source_fingerprint": json.dumps(self._identity, sort_keys=True),
         }
-        output.finish_dataset(job.dataset, self.about, self.layout, written, about)  # type: ignore[arg-type]
-        job.publish()
-
-    def _read_ledgers(self) -> dict[Key, tuple[int, int]]:
-        """crc32c and bytes of every chunk that a ledger says is written and whose file has that size."""
-        found: dict[Key, tuple[int, int]] = {}
-        for ledger in sorted(partial_of(self.path).glob("chunks.*.jsonl")):
-            for line in ledger.read_text(encoding="utf-8", errors="replace").splitlines():
-                try:
-                    date, chunk, crc, nbytes = json.loads(line)
-                except (ValueError, TypeError):
-                    continue  # torn by a kill
-                found[date, chunk] = (crc, nbytes)
-        with os.scandir(self._folder) as entries:
-            sizes = {entry.name: entry.stat().st_size for entry in entries}
-        return {key: pair for key, pair in found.items() if sizes.get(self._name(key)) == pair[1]}
-
-    def _name(self, key: Key) -> str:
-        return self.layout.file_of((key[0], 0, 0, key[1]))[0]
+        output.finish_dataset(self._job.dataset, self.about, self.layout, written, about)  # type: ignore[arg-type]
+        self._job.publish()
 
 
-def chunk_cells_for(cells: int, ranks: int, chunk_cells: int) -> int:
-    """Cells per grid-chunk so that every rank owns whole chunks: those given if they fit, else one chunk per rank."""
-    if math.ceil(cells / chunk_cells) % ranks == 0:
-        return chunk_cells
-    size = math.ceil(cells / ranks)
-    if math.ceil(cells / size) != ranks:
-        raise OutputError(
-            f"{cells} cells cannot be cut into {ranks} equal grid-chunks, one for each rank. Use fewer ranks."
-        )
-    return size
+def full_identity(about: Description, identity: Json) -> Json:
+    """With what the cut adds."""
+    return {**identity, "dates": len(about.dates), "chunk_cells": about.chunk_cells}
 
 
-def own_chunks(grid_chunks: int, ranks: int, rank: int) -> range:
-    """The grid-chunks of a rank, where the ranks divide them."""
-    each = grid_chunks // ranks
-    return range(rank * each, (rank + 1) * each)
+def is_complete(path: str | os.PathLike[str], about: Description, identity: Json) -> bool:
+    """Whether that very dataset is there already, however it is cut."""
+    try:
+        attributes = json.loads((Path(path) / ".zattrs").read_text())["shardio"]
+        found = json.loads(attributes["source_fingerprint"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    wanted = json.loads(json.dumps(full_identity(about, identity)))
+    return bool(attributes.get("complete")) and {**wanted, "chunk_cells": 0} == {**found, "chunk_cells": 0}
+
+
+def begun_chunk_cells(path: str | os.PathLike[str]) -> int | None:
+    """Cells of the grid-chunks of an unfinished output: who goes on with it has to keep them."""
+    begun = read_job(Path(path))
+    return None if begun is None else begun["identity"].get("chunk_cells")
 
 
 __all__: Sequence[str] = ("Description", "ShardedWriter")

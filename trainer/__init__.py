@@ -2,9 +2,14 @@
 
 from typing import Any
 
-__all__ = ["DDPGroupStrategy", "ForecastDataModule", "ForecastModule"]
+__all__ = ["DDPGroupStrategy", "ForecastDataModule", "ForecastModule", "load"]
 
-_HOMES = {"DDPGroupStrategy": "strategy", "ForecastDataModule": "data", "ForecastModule": "module"}
+_HOMES = {
+    "DDPGroupStrategy": "strategy",
+    "ForecastDataModule": "data",
+    "ForecastModule": "module",
+    "load": "forecast",
+}
 
 
 def __getattr__(name: str) -> Any:

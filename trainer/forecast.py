@@ -1,8 +1,8 @@
 """Autoregressive forecasts: the state stays cut over the ranks from the first date to the last lead time.
 
-forecast = trainer.load("run/checkpoints/last.ckpt", dataset)
+forecast = trainer.load("run/checkpoints/last.ckpt", "o32.zarr")
 for lead in forecast.run("2020-02-10", "120h"):
-    lead.date, lead.fields          # [ensemble, cells/M, variables], in the units of the dataset
+    lead.date, lead.cells, lead.fields          # [ensemble, cells/M, variables], in the units of the dataset
 
 Every step starts from what the last one gave in the units of the dataset, in float32, which is what is stored: a
 forecast that goes on from stored fields gives the same bits as one that was never interrupted.
@@ -11,28 +11,71 @@ forecast that goes on from stored fields gives the same bits as one that was nev
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+import math
+import os
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from shardio import Dataset
+from shardio import Dataset, Partition, open_dataset
 from shardio.dates import format_step, parse_start, parse_step
-from shardio.errors import DatasetError, SelectionError
-from shardio.partition import Partition, partition
-from shardio.sharded_writer import chunk_cells_for
+from shardio.errors import DatasetError, PlanError, SelectionError
+from shardio.partition import balanced, partition
 from trainer.assembly import Place, assemble_graph
 from trainer.checkpoint import load as load_checkpoint
 from trainer.forecaster import Forecaster, Roles
 from trainer.graph import GraphOptions
 from trainer.model import ModelOptions
 
-Float32 = NDArray[np.float32]
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """What a checkpoint holds of a model; the same for any number of ranks.
+
+    Attributes:
+      roles: of the variables.
+      input_steps: dates that the model is given.
+      step: seconds between lead times.
+      about: what the training noted: graph, network, version.
+      weights: by name.
+      digest: of the file.
+    """
+
+    roles: Roles
+    input_steps: int
+    step: int
+    about: dict[str, Any]
+    weights: dict[str, Tensor]
+    digest: str
+
+    def steps(self, lead_time: str) -> int:
+        """Lead times up to this one, such as 240h."""
+        seconds = parse_step(lead_time)
+        if seconds % self.step:
+            raise SelectionError(
+                f"a lead time of {lead_time} is no multiple of the model's step, {format_step(self.step)}."
+            )
+        return seconds // self.step
+
+    def check(self, dataset: Dataset, initial: np.datetime64, steps: int) -> None:
+        """SelectionError unless the dataset has the input dates, and forcings up to the last step but one."""
+        for back in range(self.input_steps):
+            _find(dataset, initial - np.timedelta64(back * self.step, "s"), f"a forecast from {initial} needs it")
+        changing = self.changing_forcings(dataset)
+        for number in range(1, steps) if changing else ():
+            why = f"a forecast from {initial} needs its {', '.join(changing)}; give a dataset that reaches further, or "
+            _find(dataset, initial + np.timedelta64(number * self.step, "s"), f"{why}a shorter lead time")
+
+    def changing_forcings(self, dataset: Dataset) -> list[str]:
+        """Those that the dataset does not call constant."""
+        return [name for name in self.roles.forcings if name not in dataset.constants]
 
 
 @dataclass(frozen=True)
@@ -57,26 +100,29 @@ class Forecast:
     """A trained model on this rank's cells.
 
     Attributes:
+      trained: what the checkpoint says.
       forecaster: the model.
       dataset: where initial fields and forcings come from.
       place: where this rank stands.
-      step: seconds between lead times.
-      digest: of the checkpoint.
     """
 
+    trained: Trained
     forecaster: Forecaster
     dataset: Dataset
     place: Place
-    step: int
-    digest: str
 
     @property
     def variables(self) -> tuple[str, ...]:
         """Of the forecast, in the order of `Lead.fields`."""
-        return self.forecaster.roles.outputs
+        return self.trained.roles.outputs
 
     def run(
-        self, start: Any, lead_time: str, members: int | None = None, done: Sequence[Float32] = ()
+        self,
+        start: Any,
+        lead_time: str,
+        members: int | None = None,
+        after: int = 0,
+        known: Callable[[int], Tensor] | None = None,
     ) -> Iterator[Lead]:
         """Forecast from the date `start` (and the input dates before it) up to `lead_time`, such as 240h.
 
@@ -84,84 +130,72 @@ class Forecast:
           start: initial date, in the dataset.
           lead_time: a multiple of the step.
           members: how many of the dataset's members. Default: all.
-          done: fields [ensemble, cells/M, variables] of the first lead times, where those are known already.
+          after: go on after so many lead times.
+          known: prognostic fields [ensemble, cells/M, variables] of one of those lead times, by its number.
         """
-        model, steps = self.forecaster, self.steps(lead_time)
-        first = self.find(start)
-        inputs = [self.read(first - back, members) for back in range(model.input_steps - 1, -1, -1)]
-        state = model.first_state(model.normalise(torch.stack(inputs)[None]))  # [1, time, ensemble, cells/M, inputs]
-        for number in range(1, steps + 1):
-            date = self.dataset.dates[first] + np.timedelta64(number * self.step, "s")
-            if number <= len(done):
-                fields = torch.from_numpy(done[number - 1]).to(self.place.device)
-            else:
-                with torch.no_grad():
-                    fields = model.denormalise(model(state)[0]).float()
-                yield Lead(number, date, self.place.owned, fields)
-            if number < steps:
-                state = model.next_state(state, *self._continue(fields, date, first, members))
+        initial = as_date(start)
+        steps = self.trained.steps(lead_time)
+        self.trained.check(self.dataset, initial, steps)
+        return self._steps(initial, range(after + 1, steps + 1), members, known)
 
-    def steps(self, lead_time: str) -> int:
-        """Lead times up to this one."""
-        seconds = parse_step(lead_time)
-        if seconds < self.step or seconds % self.step:
-            raise SelectionError(
-                f"a lead time of {lead_time} is no multiple of the model's step, {format_step(self.step)}."
-            )
-        return seconds // self.step
+    def _steps(
+        self, initial: np.datetime64, numbers: range, members: int | None, known: Callable[[int], Tensor] | None
+    ) -> Iterator[Lead]:
+        inputs, prognostic = self.trained.input_steps, len(self.trained.roles.prognostic)
+        seen: deque[Tensor] = deque(maxlen=inputs)  # of the last dates, each [ensemble, cells/M, inputs]
+        for number in range(numbers.start - inputs, numbers.start):
+            fields = known(number).to(self.place.device) if known and number > 0 else None
+            seen.append(self._see(initial, number, members, fields))
+        for number in numbers:
+            with torch.no_grad():
+                state = torch.stack(tuple(seen))[None]  # [1, time, ensemble, cells/M, inputs]
+                fields = self.forecaster.denormalise(self.forecaster(state)[0]).float()
+            date = self._date(initial, number)
+            self._check_finite(fields, date, number)
+            yield Lead(number, date, self.place.owned, fields)
+            if number + 1 < numbers.stop:
+                seen.append(self._see(initial, number, members, fields[..., :prognostic]))
 
-    def find(self, start: Any) -> int:
-        """Place of the initial date in the dataset; SelectionError where it or the input dates before are not there."""
-        date = start if isinstance(start, np.datetime64) else parse_start(str(start))
-        dates = self.dataset.dates
-        wanted = date.astype("datetime64[s]") - np.arange(self.forecaster.input_steps)[::-1] * np.timedelta64(
-            self.step, "s"
-        )
-        places = np.searchsorted(dates, wanted)
-        for one, place in zip(wanted, places, strict=True):
-            if place == len(dates) or dates[place] != one or self.dataset.is_missing[place]:
-                raise SelectionError(
-                    f"a forecast from {date} needs {one}, which the dataset lacks: it has {dates[0]} to {dates[-1]} "
-                    f"every {self.dataset.frequency}. Choose another initial date."
-                )
-        if np.any(np.diff(places) != 1):
-            raise SelectionError(
-                f"the dataset has dates between those that the model takes, {format_step(self.step)} apart. Open it "
-                f"with frequency={format_step(self.step)!r}."
-            )
-        return int(places[-1])
+    def _see(self, initial: np.datetime64, number: int, members: int | None, prognostic: Tensor | None) -> Tensor:
+        """[ensemble, cells/M, inputs], what the model sees at a lead time: what is not forecast yet is read."""
+        model, roles = self.forecaster, self.trained.roles
+        date = self._date(initial, number)
+        if prognostic is None:
+            fields = self._read(date, roles.inputs, members)
+        else:
+            changes = self.trained.changing_forcings(self.dataset)
+            forcings = self._read(date if changes else initial, roles.forcings, members)
+            fields = torch.cat([prognostic, forcings], dim=-1)
+        places = roles.places(roles.inputs)
+        return torch.nan_to_num((fields.to(model.mean.dtype) - model.mean[places]) / model.stdev[places], nan=0.0)
 
-    def read(self, date: int, members: int | None = None) -> Tensor:
+    def _read(self, date: np.datetime64, names: tuple[str, ...], members: int | None) -> Tensor:
         """[ensemble, cells/M, variables] of a date of the dataset, on the device."""
-        fields = self.dataset[date, :, slice(0, members), self.place.owned]  # [variables, ensemble, cells/M]
+        at, places = _find(self.dataset, date), [self.dataset.variables.index(name) for name in names]
+        fields = self.dataset[at : at + 1, places, slice(0, members), self.place.owned][0]
         return torch.from_numpy(fields).permute(1, 2, 0).to(self.place.device)
 
-    def _continue(self, fields: Tensor, date: Any, first: int, members: int | None) -> tuple[Tensor, Tensor]:
-        """Normalised prediction [1, ensemble, cells/M, outputs], and all variables at its date for their forcings."""
-        model = self.forecaster
-        outputs = model.roles.places(model.roles.outputs)
-        prediction = (fields.to(model.mean.dtype) - model.mean[outputs]) / model.stdev[outputs]
-        return prediction[None], model.normalise(self._forced(date, first, members))[None]
+    def _date(self, initial: np.datetime64, number: int) -> np.datetime64:
+        date: np.datetime64 = initial + np.timedelta64(number * self.trained.step, "s")
+        return date
 
-    def _forced(self, date: Any, first: int, members: int | None) -> Tensor:
-        changing = [name for name in self.forecaster.roles.forcings if name not in self.dataset.constants]
-        place = int(np.searchsorted(self.dataset.dates, date))
-        known = place < len(self.dataset) and self.dataset.dates[place] == date and not self.dataset.is_missing[place]
-        if changing and not known:
-            raise SelectionError(
-                f"the forcings {', '.join(changing)} are needed for {date}, which the dataset lacks. Give a dataset "
-                "that reaches as far as the forecast, or a shorter lead time."
-            )
-        return self.read(place if changing else first, members)
+    def _check_finite(self, fields: Tensor, date: np.datetime64, number: int) -> None:
+        if torch.isfinite(fields.sum()):  # one pass, no memory
+            return
+        wrong = (~torch.isfinite(fields)).sum(dim=(0, 1))
+        for name, count in zip(self.variables, wrong.tolist(), strict=True):
+            if count:
+                raise PlanError(
+                    f"the forecast of {name} for {date}, {number} steps ahead, is not finite in {count} of the "
+                    f"{fields.shape[1]} cells of this rank: the model diverged. Use a shorter lead time, or train over "
+                    "longer rollouts."
+                )
 
 
-def forecast_partition(dataset: Dataset, ranks: int) -> Partition:
-    """Every rank owns whole grid-chunks of what is written: those of the dataset where they fit, else one each."""
-    cells = dataset.shape[3]
-    return partition(cells, ranks, chunk_cells_for(cells, ranks, dataset.chunk_cells))
-
-
-def load(path: str | Path, dataset: Dataset, place: Place | None = None, **network: Any) -> Forecast:
+# ------------------------------------------------------------------------------------------------------------- loading
+def load(
+    path: str | Path, dataset: Dataset | str | os.PathLike[str], place: Place | None = None, **network: Any
+) -> Forecast:
     """A forecast model from a checkpoint, for any number of ranks. All ranks of the group call it together.
 
     Args:
@@ -170,24 +204,95 @@ def load(path: str | Path, dataset: Dataset, place: Place | None = None, **netwo
       place: where this rank stands; default: alone.
       network: changes of `ModelOptions` that leave the weights as they are: num_chunks, shard_strategy.
     """
+    opened = dataset if isinstance(dataset, Dataset) else open_dataset(dataset)
+    place = place or Place(forecast_partition(opened, 1))
+    return assemble(read_trained(path), opened, place, **network)
+
+
+def read_trained(path: str | Path) -> Trained:
+    """What the checkpoint at `path` holds of a model."""
     checkpoint = load_checkpoint(path)
     about = checkpoint.get("shardio")
     if about is None:
         raise DatasetError(f"{path} is no checkpoint of `trainer fit`. Give one from the folder checkpoints of a run.")
-    if list(dataset.variables) != about["variables"]:
-        raise DatasetError(
-            f"{path} was trained on {', '.join(about['variables'])}, the dataset gives {', '.join(dataset.variables)}. "
-            "Open it with select=[...] of those."
-        )
-    place = place or Place(forecast_partition(dataset, 1))
-    options = ModelOptions(**about["network"] | {"checkpointing": False} | network)
     roles = Roles(tuple(about["variables"]), tuple(about["forcings"]), tuple(about["diagnostics"]))
-    graph = assemble_graph(dataset, place, GraphOptions(**about["graph"]), options)
-    ones = np.ones(len(roles.variables))
+    prefix, state = "forecaster.", checkpoint["state_dict"]
+    weights = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    return Trained(roles, about["input_steps"], about["step_seconds"], about, weights, digest)
+
+
+def assemble(trained: Trained, dataset: Dataset, place: Place, **network: Any) -> Forecast:
+    """The model on this rank's cells. All ranks of the group call it together."""
+    check_variables(trained, dataset)
+    options = ModelOptions(**trained.about["network"] | {"checkpointing": False} | network)
+    ones = np.ones(len(trained.roles.variables))
     statistics = {"mean": ones, "stdev": ones}  # overwritten by those of the checkpoint
-    model = Forecaster(roles, statistics, np.ones(len(roles.outputs)), about["input_steps"], options, graph)
-    prefix = "forecaster."
-    weights = {key.removeprefix(prefix): value for key, value in checkpoint["state_dict"].items()}
-    model.load_state_dict(weights)
-    digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
-    return Forecast(model.to(place.device).eval(), dataset, place, about["step_seconds"], digest)
+    tendencies = np.ones(len(trained.roles.outputs))
+    with _as_trained(trained):
+        graph = assemble_graph(dataset, place, GraphOptions(**trained.about["graph"]), options)
+        model = Forecaster(trained.roles, statistics, tendencies, trained.input_steps, options, graph)
+    model.load_state_dict(trained.weights)
+    return Forecast(trained, model.to(place.device).eval(), dataset, place)
+
+
+def check_variables(trained: Trained, dataset: Dataset) -> None:
+    """DatasetError unless the dataset has all variables of the model."""
+    lacking = [name for name in trained.roles.variables if name not in dataset.variables]
+    if lacking:
+        raise DatasetError(
+            f"the model was trained on {', '.join(lacking)} too, which the dataset lacks: it has "
+            f"{', '.join(dataset.variables)}. Give a dataset with all variables of the training."
+        )
+
+
+@contextmanager
+def _as_trained(trained: Trained) -> Iterator[None]:
+    """Make numbers as precise as those that were trained."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(trained.weights["mean"].dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def forecast_partition(dataset: Dataset, ranks: int, chunk_cells: int | None = None) -> Partition:
+    """Every rank owns whole grid-chunks of what is written.
+
+    Those of `chunk_cells` where a forecast is begun already; else those of the dataset where the ranks can share them
+    evenly, else one for each rank.
+    """
+    cells = dataset.shape[3]
+    if chunk_cells is None:
+        cut = partition(cells, ranks, dataset.chunk_cells)
+        if cut.aligned:
+            return cut
+        chunk_cells = math.ceil(cells / ranks)
+    chunks = math.ceil(cells / chunk_cells)
+    if chunks < ranks:
+        raise PlanError(
+            f"{cells} cells in grid-chunks of {chunk_cells} make {chunks} chunks: too few for {ranks} ranks, each of "
+            f"which writes its own. Use {chunks} ranks per model or fewer; an unfinished forecast keeps its chunks, "
+            "unless --overwrite discards it."
+        )
+    return Partition(tuple(min(chunk * chunk_cells, cells) for chunk in balanced(chunks, ranks)), chunk_cells, True)
+
+
+# --------------------------------------------------------------------------------------------------------------- dates
+def as_date(when: Any) -> np.datetime64:
+    """A date as users write it, or any that numpy knows."""
+    return when.astype("datetime64[s]") if isinstance(when, np.datetime64) else parse_start(str(when))
+
+
+def _find(dataset: Dataset, date: np.datetime64, why: str = "") -> int:
+    """Place of a date; SelectionError where it is not there."""
+    place = int(np.searchsorted(dataset.dates, date))
+    if place == len(dataset) or dataset.dates[place] != date or dataset.is_missing[place]:
+        what = "is missing in" if date in dataset.dates else "is not in"
+        raise SelectionError(
+            f"{date} {what} the dataset, which has {dataset.dates[0]} to {dataset.dates[-1]} every "
+            f"{dataset.frequency}: {why or 'choose another'}."
+        )
+    return place

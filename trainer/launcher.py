@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
@@ -81,3 +82,15 @@ def _watch_parent() -> None:
     while os.getppid() == parent:
         time.sleep(GLANCE)
     os._exit(1)
+
+
+def started_by_others() -> dict[str, int]:
+    """Processes per node and nodes, as torchrun or SLURM say; empty where neither started this process."""
+    if "LOCAL_WORLD_SIZE" in os.environ and "TRAINER_PARENT" not in os.environ:
+        here, everywhere = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
+    elif SLURMEnvironment.detect() and "SLURM_NTASKS" in os.environ:
+        everywhere = int(os.environ["SLURM_NTASKS"])
+        here = everywhere // int(os.environ.get("SLURM_NNODES", "1"))
+    else:
+        return {}
+    return {"devices": here, "num_nodes": everywhere // here}

@@ -3,27 +3,50 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from shardio import Dataset, Description, ShardedWriter
-from shardio.dates import parse_end, parse_start, parse_step
-from shardio.errors import SelectionError
-from shardio.sharded_writer import own_chunks
+from shardio import Dataset, Description, Partition, ShardedWriter
+from shardio.dates import format_step, parse_end, parse_start, parse_step
+from shardio.errors import OutputError, SelectionError
+from shardio.sharded_writer import is_complete
 from shardio.statistics import NAMES
-from trainer.forecast import Float32, Forecast
+from trainer.forecast import Forecast, Trained, check_variables
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """One forecast to be written.
+
+    Attributes: path; initial: date; steps; members: of the dataset, None for all; about: the dataset that it is to be;
+      identity: what it depends on.
+    """
+
+    path: Path
+    initial: np.datetime64
+    steps: int
+    members: int | None
+    about: Description
+    identity: dict[str, Any]
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether it was written before, by whatever ranks."""
+        return is_complete(self.path, self.about, self.identity)
 
 
 @dataclass(frozen=True)
 class Written:
     """What one forecast took.
 
-    Attributes: path; steps; seconds; waited for the disk, seconds; bytes that this rank stored.
+    Attributes: path; steps that were computed; seconds; waited for the disk, seconds; bytes that this rank stored.
     """
 
     path: Path
@@ -36,7 +59,9 @@ class Written:
 def initial_dates(dataset: Dataset, start: str, end: str | None, every: str | None) -> list[np.datetime64]:
     """Dates named one by one, `a,b,c`, or from `start` to `end` every so many hours."""
     if end is None:
-        return [parse_start(text.strip()) for text in start.split(",")]
+        if every is not None:
+            raise SelectionError(f"--every {every} needs --end, the last initial date.")
+        return sorted({parse_start(text) for text in start.split(",")})
     first, last = parse_start(start), parse_end(end)
     seconds = parse_step(every) if every else dataset.step
     dates = np.arange(first, last + np.timedelta64(1, "s"), np.timedelta64(seconds or 1, "s"))
@@ -45,108 +70,160 @@ def initial_dates(dataset: Dataset, start: str, end: str | None, every: str | No
     return list(dates)
 
 
-def write(
-    forecast: Forecast,
-    start: np.datetime64,
+def path_of(folder: Path, initial: np.datetime64) -> Path:
+    """FOLDER/2020-02-10T0000.zarr."""
+    return folder / f"{np.datetime_as_string(initial, 'm').replace(':', '')}.zarr"
+
+
+def plan(
+    trained: Trained,
+    dataset: Dataset,
+    cells: Partition,
+    initial: np.datetime64,
     lead_time: str,
     folder: Path,
-    variables: list[str] | None = None,
+    variables: Sequence[str] | None = None,
     members: int | None = None,
+    config: dict[str, Any] | None = None,
+) -> Task:
+    """What is to be written; SelectionError where the dataset or the model does not have what that takes.
+
+    Args:
+      trained: the model.
+      dataset: where it starts from.
+      cells: who owns which.
+      initial: date.
+      lead_time: such as 240h.
+      folder: of all forecasts.
+      variables: to write; default: all that are forecast.
+      members: of the dataset, to start from; default: all.
+      config: noted in the attributes.
+    """
+    check_variables(trained, dataset)
+    roles, steps = trained.roles, trained.steps(lead_time)
+    trained.check(dataset, initial, steps)
+    names = tuple(dict.fromkeys(variables or roles.outputs))
+    unknown = [name for name in names if name not in roles.outputs]
+    if unknown:
+        raise SelectionError(
+            f"the model does not forecast {', '.join(unknown)}. It forecasts: {', '.join(roles.outputs)}."
+        )
+    if members is not None and not 1 <= members <= dataset.shape[2]:
+        raise SelectionError(f"{members} members: the dataset has {dataset.shape[2]}. Use 1 to {dataset.shape[2]}.")
+    leads = np.arange(1, steps + 1) * np.timedelta64(trained.step, "s")
+    about = {
+        "initial_date": str(initial),
+        "lead_time": f"{steps * trained.step / 3600:g}h",
+        "step": format_step(trained.step),
+        "checkpoint": trained.digest,
+    }
+    attributes = {
+        "description": f"forecast from {initial}",
+        "forecast": {**about, "model": trained.about, "config": config or {}},
+        "field_shape": list(dataset.field_shape),
+        "frequency": format_step(trained.step),
+        "variables_metadata": dataset.variables_metadata(names),
+        "uuid": "",  # of what it depends on
+        **({"resolution": dataset.resolution} if dataset.resolution else {}),
+    }
+    places = [dataset.variables.index(name) for name in names]
+    description = Description(
+        (initial + leads).astype("datetime64[s]"),
+        names,
+        dataset.latitudes,
+        dataset.longitudes,
+        members or dataset.shape[2],
+        cells.chunk_cells,
+        {name: dataset.statistics[name][places] for name in NAMES},
+        attributes,
+    )
+    identity = {**about, "variables": list(names), "members": description.ensemble, "dataset": _names(dataset)}
+    return Task(path_of(folder, initial), initial, steps, members, description, identity)
+
+
+def _names(dataset: Dataset) -> list[str]:
+    """Of what the forecast starts from; a folder may be called otherwise on another machine."""
+    return sorted({Path(part.source.path).name for part in dataset.parts})
+
+
+def write(
+    forecast: Forecast,
+    task: Task,
     overwrite: bool = False,
     ahead: int = 2,
     sync: bool = True,
     command: str = "the same command",
     report: Callable[[int, int], None] = lambda done, of: None,
 ) -> Written:
-    """One forecast into `folder/<initial date>.zarr`. All ranks of the model group call it together.
+    """Write one forecast, or go on with it. All ranks of the model group call it together.
 
     Args:
       forecast: of this rank.
-      start: initial date.
-      lead_time: such as 240h.
-      folder: of all forecasts.
-      variables: to write; default: all that are forecast.
-      members: of the dataset, to start from; default: all.
+      task: from `plan`, with the same partition.
       overwrite: replace a forecast that is there.
-      ahead: lead times that may wait for the disk.
+      ahead: lead times that may be on their way to the disk.
       sync: make every file durable before it gets its name.
       command: that would finish the job, for messages.
       report: told after every lead time.
     """
-    begin = time.perf_counter()
-    about = describe(forecast, start, lead_time, variables, members)
-    kept = [forecast.variables.index(name) for name in about.variables]
-    place, count = forecast.place, about.layout.grid[3]
-    path = folder / f"{np.datetime_as_string(start, 'm').replace(':', '')}.zarr"
-    identity = {**about.attributes["forecast"], "variables": list(about.variables), "members": members}
+    begin, place = time.perf_counter(), forecast.place
+    if not place.cells.aligned:
+        raise OutputError("the ranks do not own whole grid-chunks. Cut the cells with forecast_partition.")
+    kept = [forecast.variables.index(name) for name in task.about.variables]
     writer = ShardedWriter(
-        path,
-        about,
-        identity,
-        own_chunks(count, place.cells.ranks, place.rank),
+        task.path,
+        task.about,
+        task.identity,
+        place.cells.chunks(place.rank),
         place.rank,
-        (lambda: dist.barrier(place.group)) if place.group is not None else (lambda: None),
+        telling(place.group),
         overwrite,
         ahead,
         command,
         sync,
     )
-    steps = len(about.dates)
     with writer:
-        for lead in forecast.run(start, lead_time, members, _known(forecast, writer)):
-            fields = lead.fields[..., kept].permute(2, 0, 1).cpu().numpy()  # [variables, ensemble, cells/M]
-            writer.put(lead.number - 1, np.ascontiguousarray(fields))
-            report(lead.number, steps)
-    return Written(path, steps, time.perf_counter() - begin, writer.waited, writer.nbytes)
+        after = _go_on_after(forecast, writer)
+        lead_time = f"{task.steps * forecast.trained.step}s"
+        for lead in forecast.run(task.initial, lead_time, task.members, after, _known(forecast, writer)):
+            fields = lead.fields[..., kept].permute(2, 0, 1).contiguous()  # [variables, ensemble, cells/M]
+            writer.put(lead.number - 1, fields.cpu().numpy())
+            report(lead.number, task.steps)
+    return Written(task.path, task.steps - after, time.perf_counter() - begin, writer.waited, writer.nbytes)
 
 
-def _known(forecast: Forecast, writer: ShardedWriter) -> list[Float32]:
-    """Fields of the lead times that an interrupted run has written: it goes on after them.
+def _go_on_after(forecast: Forecast, writer: ShardedWriter) -> int:
+    """Lead times that an interrupted run has written, all of them and all that the model needs to go on.
 
-    Only if all that the model needs to go on was written; else the forecast is computed anew, and not written again.
+    Without that the forecast is computed anew, and what is there already is not written again.
     """
-    first_missing = next(date for date in range(len(writer.about.dates) + 1) if date not in writer.done)
-    if writer.about.variables != forecast.variables:
-        return []
-    own = forecast.place.owned
-    return [writer.read(date, own).transpose(1, 2, 0) for date in range(first_missing)]
+    if not set(forecast.trained.roles.prognostic) <= set(writer.about.variables):
+        return 0
+    return next(date for date in range(len(writer.about.dates) + 1) if date not in writer.done)
 
 
-def describe(
-    forecast: Forecast, start: np.datetime64, lead_time: str, variables: list[str] | None, members: int | None
-) -> Description:
-    """The dataset that the forecast is to be."""
-    dataset, names = forecast.dataset, tuple(variables or forecast.variables)
-    unknown = [name for name in names if name not in forecast.variables]
-    if unknown:
-        raise SelectionError(
-            f"the model does not forecast {', '.join(unknown)}. It forecasts: {', '.join(forecast.variables)}."
-        )
-    if members is not None and not 1 <= members <= dataset.shape[2]:
-        raise SelectionError(f"{members} members: the dataset has {dataset.shape[2]}. Use 1 to {dataset.shape[2]}.")
-    places = [dataset.variables.index(name) for name in names]
-    initial = dataset.dates[forecast.find(start)]
-    leads = np.arange(1, forecast.steps(lead_time) + 1) * np.timedelta64(forecast.step, "s")
-    attributes: dict[str, Any] = {
-        "description": f"forecast from {initial}",
-        "forecast": {
-            "initial_date": str(initial),
-            "lead_time": lead_time,
-            "checkpoint": forecast.digest,
-            "step_seconds": forecast.step,
-        },
-        "field_shape": list(dataset.field_shape),
-        "variables_metadata": dataset.variables_metadata(names),
-    }
-    if dataset.resolution:
-        attributes["resolution"] = dataset.resolution
-    return Description(
-        (initial + leads).astype("datetime64[s]"),
-        names,
-        dataset.latitudes,
-        dataset.longitudes,
-        members or dataset.shape[2],
-        forecast.place.cells.chunk_cells,
-        {name: dataset.statistics[name][places] for name in NAMES},
-        attributes,
-    )
+def _known(forecast: Forecast, writer: ShardedWriter) -> Callable[[int], Tensor]:
+    prognostic = [
+        writer.about.variables.index(name)
+        for name in forecast.trained.roles.prognostic
+        if name in writer.about.variables
+    ]
+
+    def known(number: int) -> Tensor:
+        fields = writer.read(number - 1, forecast.place.owned)  # [variables, ensemble, cells/M]
+        return torch.from_numpy(fields[prognostic]).permute(1, 2, 0)
+
+    return known
+
+
+def telling(group: dist.ProcessGroup | None) -> Callable[[str], Sequence[str]]:
+    """What each rank of the group says, on all of them."""
+    if group is None:
+        return lambda said: [said]
+
+    def tell(said: str) -> Sequence[str]:
+        answers = [""] * dist.get_world_size(group)
+        dist.all_gather_object(answers, said, group=group)
+        return answers
+
+    return tell

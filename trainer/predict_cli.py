@@ -2,170 +2,242 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import shlex
 import sys
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, DefaultHelpFormatter
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from shardio import Topology, open_dataset
-from shardio.errors import PlanError, SelectionError
+from shardio.errors import OutputError, SelectionError
+from shardio.sharded_writer import begun_chunk_cells
 from trainer.assembly import Place
-from trainer.forecast import forecast_partition, load
-from trainer.predict import initial_dates, write
+from trainer.forecast import assemble, forecast_partition, read_trained
+from trainer.launcher import RankLauncher, started_by_others
+from trainer.predict import Task, Written, initial_dates, path_of, plan, write
 
 DESCRIPTION = """Forecast from one or many dates; every rank writes its own grid-chunks of OUTPUT/<initial date>.zarr.
 
-trainer predict --ckpt_path run/checkpoints/last.ckpt --dataset o32.zarr --start 2020-02-10 --lead-time 120h
-trainer predict --config my.yaml --ckpt_path c.ckpt --start 2020-01-01 --end 2020-01-31 --every 24h --lead-time 240h
-trainer predict --config my.yaml --ckpt_path c.ckpt --start 2020-01-01 --lead-time 240h --devices 4 \\
-    --num_gpus_per_model 4 --evaluate
+  trainer predict --ckpt_path run/checkpoints/last.ckpt --dataset o32.zarr --start 2020-02-10 --lead-time 120h
+  trainer predict --config my.yaml --ckpt_path c.ckpt --start 2020-01-01 --end 2020-01-31 --every 24h
+  trainer predict --config my.yaml --ckpt_path c.ckpt --start 2020-01-01 --devices 4 --num_gpus_per_model 4
+  torchrun --nproc_per_node 4 -m trainer.cli predict --ckpt_path c.ckpt --dataset o32.zarr --start 2020-01-01
 
-An interrupted forecast goes on with the same command, on the same or on other ranks.
-"""
+--config is the YAML of the training; flags win. Ranks: --devices x --num_nodes of them, or as many as torchrun or
+SLURM start. Each --num_gpus_per_model together make one forecast, the others make those of other dates; neither has to
+be as in the training.
+
+Run the same command again after an interruption: it goes on at the lead time where it stopped, on as many ranks as you
+like, and keeps forecasts that are complete."""
+
+FOREVER = timedelta(days=7)  # how long ranks that are done wait for the others, whose forecasts may take longer
+
+
+class _Help(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """Keeps the line breaks of the description."""
 
 
 def build_parser() -> ArgumentParser:
     """The options of `trainer predict`."""
-    parser = ArgumentParser(prog="trainer predict", description=DESCRIPTION)
-    add = parser.add_argument
-    add("--config", type=str | None, default=None, help="Of the training: gives dataset, devices and model group.")
-    add("--ckpt_path", type=str, required=True, help="Checkpoint that `trainer fit` wrote, on whatever ranks.")
-    add("--dataset", type=str | None, default=None, help="Initial fields and forcings. Default: that of --config.")
-    add("--start", type=str, required=True, help="Initial date, or several: 2020-01-01,2020-01-02T12:00.")
-    add("--end", type=str | None, default=None, help="Last initial date: all from --start on, as --every says.")
-    add("--every", type=str | None, default=None, help="Between initial dates, such as 24h. Default: all dates.")
-    add("--lead_time", type=str, default="240h", help="How far each forecast goes.")
-    add("--output", type=str, default="forecasts", help="Folder of the forecasts.")
-    add("--variables", type=str | None, default=None, help="Names to write: t_850,z_500. Default: all forecast.")
-    add("--members", type=int | None, default=None, help="Members of the dataset to start from. Default: all.")
-    add("--overwrite", action="store_true", help="Replace forecasts that are there.")
-    add("--accelerator", type=str | None, default=None, help="cpu, cuda or auto. Default: that of --config, or cpu.")
-    add("--devices", type=int | None, default=None, help="Ranks on this machine. Default: those of --config, or 1.")
-    add("--num_nodes", type=int | None, default=None, help="Machines. Default: those of --config, or 1.")
-    add("--num_gpus_per_model", type=int | None, default=None, help="Ranks per model. Default: of --config, or all.")
-    add("--num_chunks", type=int | None, default=None, help="Parts of encoder and decoder: more parts, less memory.")
-    add("--timeout_seconds", type=float, default=600.0, help="After which a rank gives up waiting for another.")
-    add("--no_fsync", action="store_true", help="Do not wait for the disk: faster, lost at power loss.")
-    add("--json", action="store_true", help="Print the results as JSON.")
-    add("--debug", action="store_true", help="Show the traceback of an error.")
+    parser = ArgumentParser(prog="trainer predict", description=DESCRIPTION, formatter_class=_Help)
+    what = parser.add_argument_group("what").add_argument
+    what("--ckpt_path", type=str, required=True, help="Checkpoint that `trainer fit` wrote, on whatever ranks.")
+    what("--config", type=str | None, default=None, help="YAML of the training: gives dataset and ranks.")
+    what("--dataset", type=str | None, default=None, help="Initial fields and forcings. Default: that of --config.")
+    what("--start", type=str, required=True, help="Initial date, or several: 2020-01-01,2020-01-02T12:00.")
+    what("--end", type=str | None, default=None, help="Last initial date: all from --start on, as --every says.")
+    what("--every", type=str | None, default=None, help="Between initial dates, such as 24h. Default: all dates.")
+    what("--lead_time", type=str, default="240h", help="How far each forecast goes.")
+    what("--members", type=int | None, default=None, help="Members of the dataset to start from. Default: all.")
+    out = parser.add_argument_group("output").add_argument
+    out("--output", type=str, default="forecasts", help="Folder of the forecasts.")
+    out("--variables", type=str | None, default=None, help="Names to write: t_850,z_500. Default: all forecast.")
+    out("--overwrite", action="store_true", help="Replace forecasts that are there.")
+    out("--ahead", type=int, default=2, help="Lead times that may wait in memory for the disk.")
+    out("--no_fsync", action="store_true", help="Do not wait for the disk: faster, lost at power loss.")
+    out("--json", action="store_true", help="Print the results as JSON.")
+    out("--debug", action="store_true", help="Show the traceback of an error.")
+    ranks = parser.add_argument_group("ranks").add_argument
+    ranks("--accelerator", type=str | None, default=None, help="cpu, cuda or auto. Default: that of --config, or cpu.")
+    ranks("--devices", type=int | None, default=None, help="Ranks per machine. Default: those of --config, or 1.")
+    ranks("--num_nodes", type=int | None, default=None, help="Machines. Default: those of --config, or 1.")
+    ranks("--num_gpus_per_model", type=int | None, default=None, help="Ranks per model. Default: see above, or all.")
+    ranks("--num_chunks", type=int | None, default=None, help="Parts of encoder and decoder: more parts, less memory.")
+    ranks("--timeout_seconds", type=float, default=600.0, help="After which a rank gives up waiting for another.")
     return parser
 
 
 def main(arguments: list[str]) -> None:
-    """Runs in every rank; the first one starts the others."""
+    """Runs in every rank; the first one starts the others, once all that can be known to fail has been tried."""
     options = build_parser().parse_args([_underscored(argument) for argument in arguments])
-    _fill_from_config(options)
-    if options.dataset is None:
-        raise SelectionError("no dataset is named. Give --dataset PATH, or --config with data.dataset in it.")
-    from lightning.fabric import Fabric
-    from lightning.fabric.strategies import DDPStrategy
-
-    # What is wrong is said before ranks are started.
-    topology = Topology(options.devices * options.num_nodes, 0, options.num_gpus_per_model)
-    dataset = open_dataset(options.dataset, **options.chosen)
+    config = _read_config(options.config)
+    _fill_from_config(options, config)
+    trained = read_trained(options.ckpt_path)
+    dataset = open_dataset(options.dataset)
     dates = initial_dates(dataset, options.start, options.end, options.every)
-    cells = forecast_partition(dataset, topology.model_size)
-    _check_initial(options)
-    Path(options.output).mkdir(parents=True, exist_ok=True)
-    strategy = DDPStrategy(timeout=timedelta(seconds=options.timeout_seconds))
-    fabric = Fabric(
-        accelerator=options.accelerator,
-        devices=options.devices,
-        num_nodes=options.num_nodes,
-        strategy=strategy if topology.world_size > 1 else "auto",
-    )
-    fabric.launch()
+    topology = Topology(options.devices * options.num_nodes, 0, _ranks_per_model(options, config, len(dates)))
+    folder = Path(options.output)
+    begun = {begun_chunk_cells(path_of(folder, date)) for date in dates} - {None}
+    cells = forecast_partition(dataset, topology.model_size, None if options.overwrite else max(begun, default=None))
+    names = [name.strip() for name in options.variables.split(",")] if options.variables is not None else None
+    asked = (options.lead_time, folder, names, options.members, config)
+    tasks = [plan(trained, dataset, cells, date, *asked) for date in dates]
+    missing = [task for task in tasks if options.overwrite or not task.is_complete]
+    _prepare(folder, missing, options.overwrite)
+
+    fabric = _launch(options, topology.world_size)
     topology = Topology(topology.world_size, fabric.global_rank, topology.model_size)
-    place = Place(cells, topology.model_rank, _model_group(topology), fabric.device)
-    network = {"num_chunks": options.num_chunks} if options.num_chunks else {}
-    forecast = load(options.ckpt_path, dataset, place, **network)
-    names = options.variables.split(",") if options.variables else None
-    results: list[dict[str, Any]] = []
+    group, whole = _groups(topology, timedelta(seconds=options.timeout_seconds))
+    place = Place(cells, topology.model_rank, group, fabric.device)
+    for task in tasks if topology.rank == 0 else ():
+        if task not in missing:
+            _show(options, {"path": str(task.path), "steps": 0, "kept": True})
+    mine = missing[topology.data_rank :: topology.data_size]
+    if mine:
+        network = {"num_chunks": options.num_chunks} if options.num_chunks else {}
+        forecast = assemble(trained, dataset, place, **network)
+    command = shlex.join(["trainer", "predict", *arguments])
     with _Bar(topology.rank == 0) as bar:
-        for date in dates[topology.data_rank :: topology.data_size]:
-            done = write(
-                forecast,
-                date,
-                options.lead_time,
-                Path(options.output),
-                names,
-                options.members,
-                options.overwrite,
-                sync=not options.no_fsync,
-                command=f"trainer predict {' '.join(arguments)}",
-                report=bar.report(str(date)),
-            )
-            results.append(_told(done.path, done.steps, done.seconds, done.waited))
-    if topology.model_rank == 0:
-        for result in results:
-            print(json.dumps(result) if options.json else _line(result), flush=True)
+        for task in mine:
+            report = bar.report(str(task.initial))
+            done = write(forecast, task, options.overwrite, options.ahead, not options.no_fsync, command, report)
+            if topology.model_rank == 0:
+                _show(options, _told(done))
+    if whole is not None:
+        dist.barrier(whole)  # the first rank ends last: with it end those that it started
 
 
+# ---------------------------------------------------------------------------------------------------------- the options
 def _underscored(argument: str) -> str:
     """--lead-time=240h as --lead_time=240h."""
     name, equals, value = argument.partition("=")
     return (name.replace("-", "_").replace("__", "--", 1) if name.startswith("--") else name) + equals + value
 
 
-def _fill_from_config(options: Any) -> None:
-    """What flags leave open comes from the configuration of the training, else from defaults."""
+def _read_config(path: str | None) -> dict[str, Any]:
     import yaml
 
-    about: dict[str, Any] = {}
-    if options.config is not None:
-        try:
-            about = yaml.safe_load(Path(options.config).read_text()) or {}
-        except (OSError, yaml.YAMLError) as error:
-            raise SelectionError(f"the configuration {options.config} cannot be read: {error}") from error
-    data, run, groups = (about.get(part) or {} for part in ("data", "trainer", "strategy"))
-    options.chosen = {name: data[name] for name in ("frequency", "select", "drop") if data.get(name)}
+    if path is None:
+        return {}
+    try:
+        found = yaml.safe_load(Path(path).read_text())
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise SelectionError(f"the configuration {path} cannot be read: {error}") from error
+    if not isinstance(found, dict):
+        raise SelectionError(f"{path} is no configuration of `trainer fit`: it holds {type(found).__name__}.")
+    plain: dict[str, Any] = json.loads(json.dumps(found, default=str))  # YAML has dates
+    return plain
+
+
+def _fill_from_config(options: Any, config: dict[str, Any]) -> None:
+    """What flags leave open comes from the configuration of the training, else from defaults."""
+    run = config.get("trainer") or {}
     fallbacks = {
-        "dataset": data.get("dataset"),
+        "dataset": (config.get("data") or {}).get("dataset"),
         "accelerator": run.get("accelerator", "cpu"),
-        "devices": run.get("devices", 1),
+        "devices": _count(run.get("devices", 1)),
         "num_nodes": run.get("num_nodes", 1),
     }
     for name, value in fallbacks.items():
         if getattr(options, name) is None:
             setattr(options, name, value)
-    if options.num_gpus_per_model is None:
-        world = options.devices * options.num_nodes
-        options.num_gpus_per_model = min(groups.get("num_gpus_per_model", world), world)
+    vars(options).update(started_by_others())
+    if options.dataset is None:
+        raise SelectionError("no dataset is named. Give --dataset PATH, or --config with data.dataset in it.")
+    if options.devices < 1 or options.num_nodes < 1:
+        raise SelectionError(f"{options.devices} ranks on {options.num_nodes} machines. Use 1 or more of both.")
 
 
-def _check_initial(options: Any) -> None:
-    if not Path(options.ckpt_path).is_file():
-        raise SelectionError(f"there is no checkpoint {options.ckpt_path}. Give one from the checkpoints of a run.")
-    if options.variables == "":
-        raise PlanError("--variables names nothing. Leave it out to write all variables.")
+def _count(devices: Any) -> int:
+    """As Lightning takes them: a number, a list, or auto."""
+    if isinstance(devices, list):
+        return len(devices)
+    return int(devices) if str(devices).isdecimal() else max(torch.cuda.device_count(), 1)
 
 
-def _model_group(topology: Topology) -> dist.ProcessGroup | None:
-    """Every rank makes all groups, in the same order."""
-    size = topology.model_size
-    if size == 1:
-        return None
-    groups = [dist.new_group(list(range(first, first + size))) for first in range(0, topology.world_size, size)]
-    group: dist.ProcessGroup = groups[topology.rank // size]
-    return group
+def _ranks_per_model(options: Any, config: dict[str, Any], dates: int) -> int:
+    """As in the training if that leaves no rank without a date; else all ranks together."""
+    world = options.devices * options.num_nodes
+    if options.num_gpus_per_model is not None:
+        return int(options.num_gpus_per_model)
+    trained = (config.get("strategy") or {}).get("num_gpus_per_model", world)
+    return trained if world % trained == 0 and world // trained <= dates else world
 
 
-def _told(path: Path, steps: int, seconds: float, waited: float) -> dict[str, Any]:
-    return {"path": str(path), "steps": steps, "seconds": seconds, "waited": waited}
+def _prepare(folder: Path, missing: list[Task], overwrite: bool) -> None:
+    """The folder is there, and in it nothing else under the names of the forecasts."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"the folder {folder} cannot be made: {error}. Choose another with --output.") from error
+    other = [task.path for task in missing if task.path.exists()]
+    if other and not overwrite:
+        raise OutputError(
+            f"{other[0]} is another forecast, of another checkpoint, lead time, dataset or other variables. Use "
+            "--overwrite to replace it, or choose another folder with --output."
+        )
 
 
-def _line(result: dict[str, Any]) -> str:
-    per_step = result["seconds"] / result["steps"]
-    return (
-        f"wrote {result['path']}: {result['steps']} lead times in {result['seconds']:.1f} s ({per_step:.2f} s each, "
-        f"{result['waited'] / result['seconds']:.0%} waiting for the disk)"
+# ------------------------------------------------------------------------------------------------------------ the ranks
+def _launch(options: Any, world: int) -> Any:
+    """Start the other ranks, or find those that torchrun or SLURM started."""
+    from lightning.fabric import Fabric
+    from lightning.fabric.strategies import DDPStrategy
+
+    class Ranks(DDPStrategy):
+        def _configure_launcher(self) -> None:
+            self._launcher = RankLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
+
+    fabric = Fabric(
+        accelerator=options.accelerator,
+        devices=options.devices,
+        num_nodes=options.num_nodes,
+        strategy=Ranks(timeout=timedelta(seconds=options.timeout_seconds)) if world > 1 else "auto",
     )
+    fabric.launch()
+    return fabric
+
+
+def _groups(topology: Topology, timeout: timedelta) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
+    """The model group and all ranks, None for one; every rank makes all groups, in the same order."""
+    if topology.world_size == 1:
+        return None, None
+    size = topology.model_size
+    firsts = range(0, topology.world_size, size) if size > 1 else ()
+    groups = [dist.new_group(list(range(first, first + size)), timeout=timeout) for first in firsts]
+    return groups[topology.rank // size] if groups else None, dist.new_group(timeout=FOREVER)
+
+
+# ----------------------------------------------------------------------------------------------------------- the result
+def _told(done: Written) -> dict[str, Any]:
+    return {
+        "path": str(done.path),
+        "steps": done.steps,
+        "seconds": round(done.seconds, 3),
+        "waited": round(done.waited, 3),
+        "kept": False,
+    }
+
+
+def _show(options: Any, result: dict[str, Any]) -> None:
+    if options.json:
+        text = json.dumps(result)
+    elif result["kept"]:
+        text = f"kept {result['path']}: it is complete"
+    else:
+        text = (
+            f"wrote {result['path']}: {result['steps']} lead times in {result['seconds']:.1f} s "
+            f"({result['waited'] / max(result['seconds'], 1e-9):.0%} waiting for the disk)"
+        )
+    print(text, flush=True)
 
 
 class _Bar:
@@ -173,7 +245,8 @@ class _Bar:
 
     def __init__(self, shown: bool) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._progress = Progress(*columns, console=Console(file=sys.stderr), disable=not shown)
+        console = Console(file=sys.stderr)
+        self._progress = Progress(*columns, console=console, disable=not shown, redirect_stdout=False)
 
     def __enter__(self) -> _Bar:
         self._progress.start()

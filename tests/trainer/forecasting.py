@@ -1,0 +1,60 @@
+"""A tiny trained model with every kind of variable, and forecasts of it in ranks of the pool."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from runs import fit
+
+from shardio import open_dataset
+from trainer.assembly import Place
+from trainer.forecast import forecast_partition, load
+from trainer.predict import plan, write
+
+TWO_STEPS = (
+    *("--model.forcings=[lsm,sun]", "--model.diagnostics=[tp]", "--model.allow_nan=[sst]"),
+    *("--model.graph.hidden=ico1", "--model.network.channels=8", "--model.network.num_layers=1"),
+    *("--model.network.num_heads=2", "--data.input_steps=2", "--data.threads=1"),
+    *("--trainer.max_epochs=1", "--trainer.limit_train_batches=2", "--trainer.enable_progress_bar=false"),
+)
+START = "2021-03-02T00:00"
+
+
+@cache
+def trained(folder: Path, dataset: str, *more: str) -> Path:
+    """The checkpoint of two steps of `trainer fit`."""
+    folder.mkdir()
+    return fit(folder, f"--data.dataset={dataset}", *TWO_STEPS, *more).output / "checkpoints" / "last.ckpt"
+
+
+def place_of(rank: int, group: Any, ranks: int, dataset: Any) -> Place:
+    return Place(forecast_partition(dataset, ranks), rank, group)
+
+
+def forecast(rank: int, group: Any, ranks: int, checkpoint: Path, path: str, lead_time: str) -> np.ndarray:
+    """In a rank: [lead times, ensemble, cells/M, variables]."""
+    dataset = open_dataset(path)
+    model = load(checkpoint, dataset, place_of(rank, group, ranks, dataset))
+    return np.stack([lead.fields.numpy() for lead in model.run(START, lead_time)])
+
+
+def write_forecast(
+    rank: int, group: Any, ranks: int, checkpoint: Path, path: str, lead_time: str, folder: Path, **more: Any
+) -> Any:
+    """In a rank: what `trainer predict` does for one date."""
+    dataset = open_dataset(path)
+    model = load(checkpoint, dataset, place_of(rank, group, ranks, dataset))
+    task = plan(model.trained, dataset, model.place.cells, np.datetime64(START, "s"), lead_time, folder, **more)
+    return write(model, task)
+
+
+def read_all(path: Path) -> np.ndarray:
+    return open_dataset(path)[:]
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Content of every file."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
