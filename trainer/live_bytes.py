@@ -35,13 +35,14 @@ class LiveBytes(TorchDispatchMode):
       now: bytes that live, by label.
       peak: the most that lived at once.
       at_peak: what they were for.
+      made: storages counted so far.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.now: Counter[str] = Counter()
         self.at_peak: Counter[str] = Counter()
-        self.peak = self.total = 0
+        self.peak = self.total = self.made = 0
         self._label = OTHER
         self._seen: dict[int, _Storage] = {}
 
@@ -90,6 +91,7 @@ class LiveBytes(TorchDispatchMode):
         self._seen[key] = _Storage(storage.nbytes(), label, weakref.ref(storage, lambda _: self._gone(key)))
         self.now[label] += storage.nbytes()
         self.total += storage.nbytes()
+        self.made += 1
         if self.total > self.peak:
             self.forget_peak()
 
