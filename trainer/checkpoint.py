@@ -32,9 +32,11 @@ class AtomicCheckpointIO(CheckpointIO):
                 file.flush()
                 os.fsync(file.fileno())
             partial.replace(target)
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        except BaseException as error:
             with suppress(OSError):
                 partial.unlink()
+            if not isinstance(error, OSError | RuntimeError):  # torch reports a full disk as RuntimeError
+                raise  # an interrupt
             raise OutputError(
                 f"the checkpoint {target} cannot be written: {_first_line(error)}. The previous checkpoint is "
                 "untouched. Free space, then resume from it with --ckpt_path last."

@@ -8,11 +8,13 @@ import signal
 import sys
 import time
 import warnings
+from argparse import RawDescriptionHelpFormatter
 from contextlib import redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
+from jsonargparse import DefaultHelpFormatter
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -60,6 +62,10 @@ VALIDATE = """Forecast the validation dates, and compare with persistence, the f
 Prints root mean square errors in the units of the dataset, weighted by area, by variable and lead time."""
 
 
+class Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """Keeps the examples of a description as they are."""
+
+
 class Parser(LightningArgumentParser):
     """Without the three pages of usage that would hide what is wrong."""
 
@@ -85,8 +91,15 @@ class TrainerCLI(LightningCLI):
                 "prog": "trainer",
                 "description": DESCRIPTION,
                 "version": f"trainer {shardio.__version__}",
-                "fit": {"description": FIT},
-                "validate": {"description": VALIDATE},
+                "formatter_class": Formatter,
+                **{
+                    name: {
+                        "description": description,
+                        "usage": f"trainer {name} --config FILE [--OPTION VALUE ...]",
+                        "formatter_class": Formatter,
+                    }
+                    for name, description in (("fit", FIT), ("validate", VALIDATE))
+                },
             },
         )
 

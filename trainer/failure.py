@@ -77,12 +77,18 @@ def stop(error: BaseException, debug: bool = False, end_others: Callable[[], Non
     if not lost_a_rank(error):
         if is_first():
             tell(where + _words(error, debug), debug)
-    elif not _another_told() and is_first():
-        tell(
-            f"{where}stopped, because the connection to another rank was lost. Without a message of that rank it was "
-            f"killed, often for lack of memory, or hangs. Resume with --ckpt_path last. ({_first_line(error)})",
-            debug,
-        )
+    else:
+        told = _another_told()
+        if told is None:
+            tell(
+                f"{where}stopped with rank 0, which was killed, often for lack of memory, if it left no message.", debug
+            )
+        elif not told and is_first():
+            tell(
+                f"{where}stopped, because the connection to another rank was lost. Without a message of that rank it "
+                f"was killed, often for lack of memory, or hangs. Resume with --ckpt_path last. ({_first_line(error)})",
+                debug,
+            )
     sys.stderr.flush()
     end_others()
     os._exit(1)
@@ -95,8 +101,8 @@ def _words(error: BaseException, debug: bool) -> str:
     return f"{type(error).__name__}: {error}{advice}"
 
 
-def _another_told() -> bool:
-    """Wait a little for the rank whose error came first: it may still be at its message."""
+def _another_told() -> bool | None:
+    """Wait a little for the rank whose error came first: it may still be at its message. None if rank 0 is gone."""
     if not dist.is_initialized():
         return False
     end = time.monotonic() + SECONDS_FOR_THE_FIRST["others" if dist.get_rank() else "rank 0"]
@@ -107,7 +113,7 @@ def _another_told() -> bool:
                     return True
             time.sleep(0.05)
     except RuntimeError:
-        return False
+        return None  # and its store with it
     return False
 
 

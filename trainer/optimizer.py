@@ -48,6 +48,8 @@ class OptimizerOptions:
                 f"learning_rate {self.learning_rate} and warmup_steps {self.warmup_steps} cannot be. "
                 "Use a learning rate above 0, and 0 steps or more."
             )
+        if not 0.0 <= self.final_fraction <= 1.0:
+            raise PlanError(f"final_fraction is {self.final_fraction}. Use 0 to 1.")
 
     def peak(self, effective_batch: int) -> float:
         """Highest learning rate."""

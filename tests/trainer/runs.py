@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import csv
+import itertools
 import json
 import os
 import shutil
@@ -29,6 +30,7 @@ TINY = [
     *("--model.graph.hidden=ico1", "--model.network.channels=8", "--model.network.num_layers=1"),
     *("--model.network.num_heads=2", "--save_every=1", "--data.threads=1"),
 ]
+NUMBERS = itertools.count()
 PATIENCE = 60.0  # seconds for a run of a few steps; what takes longer hangs
 
 
@@ -124,14 +126,21 @@ def server() -> Server:
 class Run:
     """`trainer *arguments` on so many ranks, under way.
 
-    Args: folder: where it runs; it writes to `run` there.
+    Args: folder: where it runs; it writes to `run` there. launcher: whose variables ranks are given.
     """
 
-    def __init__(self, folder: Path, *arguments: str, ranks: int = 1, environment: dict[str, str] | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        *arguments: str,
+        ranks: int = 1,
+        environment: dict[str, str] | None = None,
+        launcher: str = "torchrun",
+    ):
         self.folder, self.output = folder, folder / "run"
-        number = len(list(folder.glob("log-*-0.err")))
+        number = next(NUMBERS)
         self._logs = [folder / f"log-{number}-{rank}" for rank in range(ranks)]
-        rank_variables = [{}] if ranks == 1 else list(_torchrun(ranks))
+        rank_variables = [{}] if ranks == 1 else list(_variables(ranks, launcher))
         self.pids = [
             server().ask(
                 arguments=arguments, log=str(log), folder=str(folder), environment=(environment or {}) | variables
@@ -158,6 +167,8 @@ class Run:
         """Wait for something to happen while it runs."""
         end = time.monotonic() + seconds
         while not happened():
+            ended = [pid for pid in self.pids if gone(pid)]
+            assert not ended or happened(), f"ended before:\n{self.errors}"
             assert time.monotonic() < end, f"did not happen in {seconds} s:\n{self.errors}"
             time.sleep(0.001)
 
@@ -181,6 +192,14 @@ class Run:
         """Logged so far by the newest version."""
         logs = sorted(self.output.glob("logs/version_*/metrics.csv"))
         return max(trace(self.output), default=0) if logs else 0
+
+
+def gone(pid: int) -> bool:
+    """Whether a process has ended, or waits for its parent to notice."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
 
 
 def fit(folder: Path, *arguments: str, ranks: int = 1) -> Run:
@@ -209,16 +228,17 @@ def checkpoint(output: Path, name: str = "last") -> dict[str, Any]:
     return loaded
 
 
-def _torchrun(ranks: int) -> Iterator[dict[str, str]]:
+def _variables(ranks: int, launcher: str) -> Iterator[dict[str, str]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test"}
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     for rank in range(ranks):
-        yield shared | {
-            **{"RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0"},
-            **{"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)},
-        }
+        if launcher == "slurm":
+            yield shared | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "SLURM_NODEID": "0"}
+        else:
+            places = {"RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test"}
+            yield shared | places | {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
 
 
 def tiny(*more: str, dataset: Path | None = None) -> list[str]:

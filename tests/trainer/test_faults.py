@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zarr
-from runs import Run, checkpoint, fit, tiny, waves
+from runs import Run, checkpoint, fit, gone, tiny, waves
 
 SECONDS = 15.0  # for all ranks to end; what hangs takes ten minutes
 ENDLESS = "--trainer.max_epochs=100000"
@@ -34,23 +34,18 @@ def children(pid):
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def gone(pid):
-    stat = Path(f"/proc/{pid}/stat")
-    try:
-        return stat.read_text().split()[2] == "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return True
+LOST = "rank 0: stopped, because the connection to another rank was lost. Without a message of that rank it was killed"
+WITH_THE_FIRST = "rank 1: stopped with rank 0, which was killed, often for lack of memory, if it left no message."
 
 
-@pytest.mark.parametrize(("victim", "codes"), [(1, [1, -9]), (0, [-9, 1])])
-def test_a_rank_killed_amid_a_step_stops_all(tmp_path, victim, codes):
+@pytest.mark.parametrize(("victim", "codes", "words"), [(1, [1, -9], LOST), (0, [-9, 1], WITH_THE_FIRST)])
+def test_a_rank_killed_amid_a_step_stops_all(tmp_path, victim, codes, words):
     run = under_way(tmp_path, *tiny(*TWO), ranks=2)
     run.kill(victim)
     assert run.wait(SECONDS) == codes
     (message,) = messages(run)
-    assert message.startswith(f"Error: rank {1 - victim}: stopped, because the connection to another rank was lost.")
-    assert "Resume with --ckpt_path last." in message
-    assert checkpoint(run.output)["global_step"] >= 3
+    assert message.startswith(f"Error: {words}")
+    assert checkpoint(run.output)["global_step"] >= 2
 
 
 def test_a_killed_rank_of_those_that_the_trainer_started_is_named(tmp_path):
@@ -68,8 +63,9 @@ def test_an_interrupt_ends_all_ranks_and_leaves_a_checkpoint(tmp_path):
     os.killpg(run.pids[0], signal.SIGINT)  # as a terminal does
     assert run.wait(SECONDS) == [130]
     assert run.errors.strip() == "Interrupted. Go on with --ckpt_path last."
-    run.until(lambda: gone(child), SECONDS)
-    assert checkpoint(run.output)["global_step"] >= 3
+    time.sleep(0.5)
+    assert gone(child)
+    assert checkpoint(run.output)["global_step"] >= 2
     assert list((run.output / "checkpoints").glob(".*")) == []
 
 
@@ -84,19 +80,18 @@ def test_a_rank_that_hangs_is_given_up_after_the_timeout(tmp_path):
     run = under_way(tmp_path, *tiny(*TWO, "--strategy.timeout_seconds=2"), ranks=2)
     began = time.monotonic()
     os.kill(run.pids[1], signal.SIGSTOP)
-    run.until(lambda: gone(run.pids[0]), SECONDS)
+    while not gone(run.pids[0]):
+        assert time.monotonic() - began < SECONDS
+        time.sleep(0.05)
     run.kill()
     assert run.wait()[0] == 1
-    assert time.monotonic() - began < SECONDS
     (message,) = messages(run)
     assert "Timed out waiting 2000ms" in message
 
 
-@pytest.mark.parametrize("sharded", ["true", "false"])
-def test_a_corrupt_chunk_that_one_rank_reads_is_the_one_message(tmp_path, sharded):
+def test_a_corrupt_chunk_that_one_rank_reads_is_the_one_message(tmp_path):
     dataset = shutil.copytree(waves(), tmp_path / "waves.zarr")
-    arguments = tiny(*TWO, f"--data.keep_batch_sharded={sharded}", dataset=dataset)
-    run = under_way(tmp_path, *arguments, ranks=2)
+    run = under_way(tmp_path, *tiny(*TWO, dataset=dataset), ranks=2)
     file = dataset / "data" / "c.5.0.0.0"
     content = bytearray(file.read_bytes())
     offset, length = np.frombuffer(content[-4 * 16 - 4 : -4], "<u8").reshape(4, 2)[3].tolist()
