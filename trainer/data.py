@@ -120,7 +120,7 @@ class ForecastDataModule(LightningDataModule):
     @property
     def topology(self) -> Topology:
         """Where this rank stands, by the trainer's strategy."""
-        return self._strategy.topology
+        return self.strategy.topology
 
     @property
     def partition(self) -> Partition:
@@ -208,15 +208,16 @@ class ForecastDataModule(LightningDataModule):
             seed=self.seed,
             drop_last=shuffle,
             keep_batch_sharded=self.keep_batch_sharded,
-            group=self._strategy.model_group,
-            device=self._strategy.root_device,
+            group=self.strategy.model_group,
+            device=self.strategy.root_device,
             **self._read,  # type: ignore[arg-type]
         )
         self._loaders.append(loader)
         return Batches(loader)
 
     @property
-    def _strategy(self) -> DDPGroupStrategy:
+    def strategy(self) -> DDPGroupStrategy:
+        """Of the trainer."""
         if self.trainer is None or not isinstance(self.trainer.strategy, DDPGroupStrategy):
             raise MisconfigurationException("ForecastDataModule needs a Trainer with strategy=DDPGroupStrategy(...).")
         return self.trainer.strategy

@@ -22,7 +22,6 @@ from trainer.loss import Loss, LossOptions
 from trainer.metrics import ErrorSums, Scores
 from trainer.model import ModelOptions
 from trainer.optimizer import OptimizerOptions, build_optimizer
-from trainer.strategy import DDPGroupStrategy
 
 
 @dataclass(frozen=True)
@@ -100,8 +99,7 @@ class ForecastModule(LightningModule):
     @property
     def place(self) -> Place:
         """Where this rank stands in its model group."""
-        strategy = self.trainer.strategy
-        assert isinstance(strategy, DDPGroupStrategy)
+        strategy = self.data.strategy
         return Place(self.data.partition, self.data.topology.model_rank, strategy.model_group, strategy.root_device)
 
     def roles(self) -> Roles:

@@ -56,7 +56,10 @@ def serve() -> None:
             _become(order)
             code: Any = 0
             try:
-                trainer.cli.main()
+                if order["arguments"][0] == "-c":
+                    exec(order["arguments"][1], {})
+                else:
+                    trainer.cli.main()
             except SystemExit as end:
                 code = end.code
             sys.stdout.flush()
@@ -124,7 +127,7 @@ def server() -> Server:
 
 
 class Run:
-    """`trainer *arguments` on so many ranks, under way.
+    """`trainer *arguments` on so many ranks, under way; or, of `-c program`, a Python program.
 
     Args: folder: where it runs; it writes to `run` there. launcher: whose variables ranks are given.
     """

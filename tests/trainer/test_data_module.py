@@ -1,0 +1,58 @@
+"""The data module: every way to load gives the same training, and nothing of it stays behind."""
+
+import pytest
+from runs import Run, checkpoint, fit, tiny, trace, waves
+
+TWO = ["--strategy.num_gpus_per_model=2", "--trainer.max_steps=6", "--data.val_start=2020-01-06"]
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    return fit(tmp_path_factory.mktemp("sharded"), *tiny(*TWO), ranks=2)
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        ["--data.keep_batch_sharded=false"],
+        ["--strategy.read_group_size=1"],
+        ["--strategy.read_group_size=1", "--data.keep_batch_sharded=false", "--data.prefetch=1", "--data.verify=true"],
+    ],
+)
+def test_every_way_to_load_gives_the_same_training_bit_by_bit(sharded, tmp_path, way):
+    run = fit(tmp_path, *tiny(*TWO, *way), ranks=2)
+    assert trace(run.output) == trace(sharded.output)
+    one, other = checkpoint(run.output)["state_dict"], checkpoint(sharded.output)["state_dict"]
+    assert all(one[name].equal(other[name]) for name in other)
+
+
+PROGRAM = f"""
+import threading
+from lightning.pytorch import Trainer
+from trainer import DDPGroupStrategy, ForecastDataModule, ForecastModule
+from trainer.graph import GraphOptions
+from trainer.model import ModelOptions
+
+data = ForecastDataModule({str(waves())!r}, val_start="2020-01-06")
+module = ForecastModule(["lsm"], graph=GraphOptions("ico1"), network=ModelOptions(8, 1, 2))
+options = dict(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+options |= dict(devices=1, num_sanity_val_steps=0, max_steps=4)
+for _ in range(2):
+    trainer = Trainer(strategy=STRATEGY, **options)
+    trainer.fit(module, data)
+    trainer.validate(module, data, verbose=False)
+print(sorted({{thread.name.split("_")[0] for thread in threading.enumerate()}}))
+print(module.scores.leads, module.scores.variables)
+"""
+
+
+def test_reading_threads_end_with_the_training_of_a_program(tmp_path):
+    run = Run(tmp_path, "-c", PROGRAM.replace("STRATEGY", "DDPGroupStrategy()"))
+    assert run.wait() == [0], run.errors
+    assert run.printed.endswith("['MainThread']\n('6h',) ('psi', 'vo', 'u', 'v', 't', 'latitude')\n")
+
+
+def test_another_strategy_is_refused(tmp_path):
+    run = Run(tmp_path, "-c", PROGRAM.replace("STRATEGY", "'auto'"))
+    assert run.wait() == [1]
+    assert "needs a Trainer with strategy=DDPGroupStrategy(...)" in run.errors
