@@ -227,9 +227,10 @@ def attend(
     dtype = torch.promote_types(torch.promote_types(query.dtype, key.dtype), value.dtype)
     if torch.is_autocast_enabled(kind) and dtype == torch.float32:
         dtype = torch.get_autocast_dtype(kind)
-    attended: tuple[Tensor, Tensor] = _Attention.apply(
-        *(tensor.to(dtype).contiguous() for tensor in (query, key, value, tilt)), features, lists
-    )  # type: ignore[no-untyped-call]
+    rows = [tensor.to(dtype).contiguous() for tensor in (query, key, value, tilt)]
+    if torch.compiler.is_compiling():  # by torch.export: a program of torch's own functions, without gradients
+        return _forward(*rows, features.to(_wide(dtype)), lists)[:2]
+    attended: tuple[Tensor, Tensor] = _Attention.apply(*rows, features, lists)  # type: ignore[no-untyped-call]
     return attended
 
 
@@ -271,6 +272,9 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 def _blocks(buckets: tuple[Bucket, ...], rows: Tensor) -> Iterator[Bucket]:
     """Blocks for which so much is gathered at once of rows [batch, nodes, heads, depth] as is good for the device."""
     batch, _, heads, depth = rows.shape
+    if torch.compiler.is_compiling():  # by torch.export, which would write down every block
+        yield from buckets
+        return
     budget = BLOCK.get(rows.device.type, BLOCK_ELSEWHERE)
     for bucket in buckets:
         yield from bucket.blocks(max(1, budget // max(1, batch * heads * depth * bucket.ends.shape[1])))
@@ -307,7 +311,7 @@ def _forward(
     """The two sums, and log sum exp(logit) [batch, destinations, heads], with which p = exp(logit - it)."""
     features = _pad(features)
     out, carried = _blank(query, lists.incoming), _blank(tilt, lists.incoming)
-    offset = features.new_zeros(query.shape[:3])
+    offset = query.new_zeros(query.shape[:3], dtype=features.dtype)
     for block in _blocks(lists.incoming, query):
         edge = features[block.edges]
         logits = _logits(_gather(query, block.nodes), _gather(key, block.ends), _gather(tilt, block.nodes), edge, block)

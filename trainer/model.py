@@ -88,11 +88,11 @@ class EncodeProcessDecode(nn.Module):
         pull_raw = fields.shape[-1] <= self.options.channels
         if pull_raw:
             fields = exchange(fields, links.halo)  # [batch, cells/M + halo, inputs]
-            rows = torch.cat([fields, places.expand(len(fields), -1, -1)], dim=-1)
+            rows = torch.cat([fields, places.expand(fields.shape[0], -1, -1)], dim=-1)
         else:
-            owned = places[: links.halo.owned].expand(len(fields), -1, -1)
+            owned = places[: links.halo.owned].expand(fields.shape[0], -1, -1)
             rows = exchange(self.embed_cells(torch.cat([fields, owned], dim=-1)), links.halo)
-        start = self.graph.hidden.to(fields.dtype).expand(len(fields), -1, -1)
+        start = self.graph.hidden.to(fields.dtype).expand(fields.shape[0], -1, -1)
 
         def update(source: Tensor, start: Tensor, chunk):  # type: ignore[no-untyped-def]
             source = self.embed_cells(source) if pull_raw else source
@@ -124,7 +124,7 @@ class EncodeProcessDecode(nn.Module):
         links = self.graph.decoder
         rows = exchange(hidden, links.halo)  # [batch, hidden/M + halo, channels]
         places = self.graph.cells[: self.graph.owned_cells].to(fields.dtype)
-        targets = torch.cat([fields, places.expand(len(fields), -1, -1)], dim=-1)
+        targets = torch.cat([fields, places.expand(fields.shape[0], -1, -1)], dim=-1)
 
         def update(source: Tensor, target: Tensor, chunk):  # type: ignore[no-untyped-def]
             return self.output(self.decoder(source, self.embed_targets(target), chunk))
