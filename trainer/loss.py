@@ -93,7 +93,7 @@ class AreaLoss:
         mean = totals[0] / counted
         value = (mean * self.weights).sum(dim=-1).mean()
         local = (own / counted * self.weights).sum(dim=-1).mean()
-        return Loss(local + (value - local.detach()), mean)
+        return Loss(_GlobalValue.apply(local, value), mean)  # type: ignore[no-untyped-call]
 
     def _error(self, difference: Tensor) -> Tensor:
         if self.options.kind == "mse":
@@ -104,6 +104,18 @@ class AreaLoss:
         return torch.where(
             difference.abs() <= delta, 0.5 * difference.square(), delta * (difference.abs() - 0.5 * delta)
         )
+
+
+class _GlobalValue(torch.autograd.Function):
+    """Forward: the global value, bit for bit. Backward: the gradient to the local value."""
+
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, value: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
 
 
 def variable_weights(variables: Sequence[str], options: LossOptions, tendencies: Mapping[str, float]) -> list[float]:
