@@ -25,7 +25,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 import shardio
 from shardio.allocator import keep_freed_memory
 from shardio.errors import DatasetError, PlanError
-from trainer import predict_cli
+from trainer import export_cli, predict_cli
 from trainer.checkpoint import KeepLast
 from trainer.configs import by_name
 from trainer.curves import SKILL, LossCurve
@@ -224,6 +224,9 @@ def main(arguments: list[str] | None = None) -> None:
             given = by_name(sys.argv[1:] if arguments is None else arguments)
             if given[:1] == ["predict"]:
                 predict_cli.main(given[1:])
+                return
+            if given[:1] == ["export"]:
+                export_cli.main(given[1:])
                 return
             cli = TrainerCLI(given)
             cli.run()
