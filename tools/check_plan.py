@@ -1,0 +1,134 @@
+"""What `trainer plan` predicts, beside what real ranks hold and send: peak bytes of live tensors, and bytes sent.
+
+python -m tools.check_plan                       grids o32 to o160, M = 1, 2, 4: minutes
+python -m tools.check_plan --json
+
+Each rank takes two real steps; in the second one LiveBytes counts all storages, those too that Python knew of before,
+and every message is counted where it leaves (trainer_traffic.py). The prediction knows none of it: it is made in this
+process, from a graph cut by arithmetic, on tensors without numbers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from shardio.partition import partition
+from shardio.synthetic import octahedral
+from tools.trainer_memory import living_tensors
+from tools.trainer_step import Sizes, Step, on_ranks
+from tools.trainer_traffic import count_sent
+from trainer.footprint import PRECISIONS, Footprint, Job, footprint
+from trainer.forecaster import Roles
+from trainer.gradients import reduce_gradients
+from trainer.graph import GraphOptions, build_graph
+from trainer.graph_counts import CutGraph
+from trainer.live_bytes import LiveBytes
+from trainer.model import ModelOptions
+from trainer.optimizer import OptimizerOptions
+
+MARGIN = 0.1
+SMALL = Sizes("o32", "ico2", channels=32, layers=2, heads=4, variables=8, checkpointing=False)
+LARGE = Sizes("o96", "ico4", channels=64, layers=3, variables=12, checkpointing=False)
+CASES: list[tuple[int, Sizes, str]] = [
+    *((ranks, replace(LARGE, checkpointing=again), "32-true") for ranks in (1, 2, 4) for again in (False, True)),
+    *((ranks, replace(LARGE, checkpointing=True, num_chunks=4), "32-true") for ranks in (1, 2, 4)),
+    (2, replace(LARGE, batch=2, rollout=2), "32-true"),
+    (4, replace(LARGE, rollout=3, checkpointing=True), "32-true"),
+    (2, replace(LARGE, shard_strategy="heads"), "32-true"),
+    (1, LARGE, "bf16-mixed"),
+    (4, replace(LARGE, checkpointing=True, num_chunks=8), "bf16-mixed"),
+    (1, replace(LARGE, grid="o160", hidden="o48"), "32-true"),
+    (4, replace(LARGE, grid="o160", hidden="o48", checkpointing=True, num_chunks=4), "32-true"),
+]
+
+
+def measure(rank: int, group: dist.ProcessGroup | None, sizes: Sizes, precision: str) -> dict[str, Any]:
+    """Of one real rank, in its second step, in Lightning's order."""
+    strangers = {id(tensor) for tensor in living_tensors()}
+    step, kind = Step(rank, group, sizes), PRECISIONS[precision][1]
+    batch, dates, members, cells, variables = step.shape
+    fields = torch.randn(batch, dates, variables, members, cells).permute(0, 1, 3, 4, 2)
+
+    def forward() -> torch.Tensor:
+        pairs = step.forecaster.rollout(step.forecaster.normalise(fields), sizes.rollout)
+        losses = [step.loss(*pair) for pair in pairs]
+        return torch.stack([one.value for one in losses]).mean()
+
+    def take() -> None:
+        with torch.autocast("cpu", dtype=kind or torch.bfloat16, enabled=kind is not None):
+            loss = forward()
+        step.optimizer.zero_grad()
+        loss.backward()
+        if group is not None:
+            reduce_gradients(step.forecaster.parameters(), 1, group)
+        step.optimizer.step()
+
+    take()
+    live = LiveBytes()
+    live.hold("before", [tensor for tensor in living_tensors() if id(tensor) not in strangers])
+    with live, count_sent(step.forecaster.network.graph) as sent:
+        take()
+    return {"peak": live.peak, "sent": {part: count for part, count in sent.items() if count}}
+
+
+def predict(sizes: Sizes, precision: str, ranks: int) -> tuple[int, list[Footprint]]:
+    """Of every rank; and which of them `trainer plan` takes for the largest."""
+    latitudes, longitudes, _ = octahedral(sizes.grid)
+    kind = "multiscale" if sizes.hidden.startswith("ico") else "knn"
+    options = GraphOptions(sizes.hidden, processor=kind)
+    graph = build_graph(latitudes, longitudes, partition(latitudes.size, 1, latitudes.size), 0, options)
+    cells = partition(latitudes.size, ranks, -(-latitudes.size // sizes.grid_chunks))
+    cut = CutGraph(graph, cells, sizes.layers)
+    names = tuple(f"v{number}" for number in range(sizes.variables))
+    network = ModelOptions(
+        sizes.channels, sizes.layers, sizes.heads, 4, sizes.num_chunks, sizes.checkpointing, sizes.shard_strategy
+    )
+    roles = Roles(names, names[: sizes.forcings])
+    settings = {"network": network, "optimizer": OptimizerOptions(), "precision": precision}
+    job = Job(roles, sizes.input_steps, sizes.rollout, sizes.batch, **settings)
+    return cut.largest, [footprint(job, cut.rank(rank)) for rank in range(ranks)]
+
+
+def compare(largest: int, predicted: list[Footprint], measured: list[dict[str, Any]]) -> dict[str, Any]:
+    """One row; raises nothing."""
+    peak, most = predicted[largest].peak, max(one["peak"] for one in measured)
+    sent = [{part: count for part, count in one.sent.items() if count} for one in predicted]
+    return {
+        "predicted": peak,
+        "measured": most,
+        "error": peak / most - 1.0,
+        "worst_rank": max(abs(p.peak / m["peak"] - 1.0) for p, m in zip(predicted, measured, strict=True)),
+        "sent": max(sum(one["sent"].values()) for one in measured),
+        "sent_equal": sent == [one["sent"] for one in measured],
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true")
+    as_json = parser.parse_args().json
+    rows = []
+    if not as_json:
+        print(f"{'case':<64}{'predicted':>11}{'measured':>11}{'error':>8}  MB; bytes sent equal")
+    for ranks, sizes, precision in CASES:
+        row = compare(*predict(sizes, precision, ranks), on_ranks(measure, ranks, sizes, precision))
+        name = f"{sizes.grid} M{ranks} batch {sizes.batch} rollout {sizes.rollout} chunks {sizes.num_chunks} "
+        name += f"{'checkpointing ' if sizes.checkpointing else ''}{sizes.shard_strategy} {precision}"
+        rows.append({"case": name, **row})
+        if not as_json:
+            numbers = f"{row['predicted'] / 1e6:>11.1f}{row['measured'] / 1e6:>11.1f}{row['error']:>8.2%}"
+            print(f"{name:<64}{numbers}  {'yes' if row['sent_equal'] else 'NO'}", flush=True)
+    if as_json:
+        print(json.dumps(rows, indent=1))
+    return 0 if all(abs(row["error"]) <= MARGIN and row["sent_equal"] for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
