@@ -77,5 +77,5 @@ def merge(folder: Path, chunks: Chunks, sync: bool) -> None:
 
 
 def of_rank(folder: Path, rank: int) -> Path:
-    """The ledger that a rank goes on writing while others still read the merged one."""
-    return folder / OTHERS.replace("*", str(rank))
+    """The ledger that a rank writes; the first one goes on with the merged one, by which others count the dates."""
+    return folder / (OTHERS.replace("*", str(rank)) if rank else FIRST)

@@ -1,8 +1,8 @@
 """Write one dataset from many ranks: each rank stores its own grid-chunks, nobody gathers, nothing is merged.
 
     OUT.zarr.partial/job.json            begun by the first rank, which holds the lock
-    OUT.zarr.partial/ledger.jsonl        what was written when the run began, or began again: date, chunk, crc32c, bytes
-    OUT.zarr.partial/ledger.RANK.jsonl   what each rank has written since
+    OUT.zarr.partial/ledger.jsonl        what was there when the run went on, and what the first rank has written since
+    OUT.zarr.partial/ledger.RANK.jsonl   what another rank has written since: date, chunk, crc32c, bytes
     OUT.zarr.partial/dataset-ID/data/    one file per chunk (Zarr v2), written by the rank that owns it
     OUT.zarr                             the first rank renames, when all chunks are there
 
@@ -288,7 +288,7 @@ def is_complete(path: str | os.PathLike[str], about: Description, identity: Json
 
 def begun_chunk_cells(path: str | os.PathLike[str]) -> int | None:
     """Cells of the grid-chunks of an unfinished output: who goes on with it has to keep them."""
-    begun = read_job(Path(path))
+    begun = read_job(Path(path)) if partial_of(Path(path)).is_dir() else None
     return None if begun is None else begun["identity"].get("chunk_cells")
 
 

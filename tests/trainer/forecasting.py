@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import numpy as np
+import pytest
 from runs import fit
 
 from shardio import open_dataset
@@ -24,10 +26,17 @@ START = "2021-03-02T00:00"
 
 
 @cache
-def trained(folder: Path, dataset: str, *more: str) -> Path:
-    """The checkpoint of two steps of `trainer fit`."""
-    folder.mkdir()
-    return fit(folder, f"--data.dataset={dataset}", *TWO_STEPS, *more).output / "checkpoints" / "last.ckpt"
+def _trained(folder: Path, dataset: str, *more: str) -> Path:
+    return (
+        fit(Path(mkdtemp(dir=folder)), f"--data.dataset={dataset}", *TWO_STEPS, *more).output
+        / "checkpoints"
+        / "last.ckpt"
+    )
+
+
+def trained(factory: pytest.TempPathFactory, dataset: str, *more: str) -> Path:
+    """The checkpoint of two steps of `trainer fit`, trained once for all tests."""
+    return _trained(factory.getbasetemp(), dataset, *more)
 
 
 def place_of(rank: int, group: Any, ranks: int, dataset: Any) -> Place:

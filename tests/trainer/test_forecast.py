@@ -29,12 +29,12 @@ def path(dataset_of: Callable[..., str]) -> str:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory, path: str) -> Path:
-    return trained(tmp_path_factory.mktemp("trained") / "two", path, "--seed_everything=1")
+    return trained(tmp_path_factory, path)
 
 
 @pytest.fixture(scope="module")
 def precise(tmp_path_factory: pytest.TempPathFactory, path: str) -> Path:
-    return trained(tmp_path_factory.mktemp("precise") / "two", path, "--trainer.precision=64-true")
+    return trained(tmp_path_factory, path, "--trainer.precision=64-true")
 
 
 def on(run: Callable[..., list[Any]], ranks: int, checkpoint: Path, path: str) -> np.ndarray:
@@ -66,12 +66,13 @@ def test_forecasts_in_double_precision_agree_to_rounding_of_what_is_stored(
 
 
 def test_a_forecast_is_the_steps_of_the_model_one_after_the_other(checkpoint: Path, path: str) -> None:
-    model = trainer.load(checkpoint, path)
-    found = torch.stack([lead.fields for lead in model.run(START, LEAD_TIME)])
+    """But that training keeps the normalised state, and a forecast the stored one, which differ in the last digit."""
+    steps, model = 8, trainer.load(checkpoint, path)
+    found = torch.stack([lead.fields for lead in model.run(START, "48h")])
     forecaster, values = model.forecaster, torch.from_numpy(values_of(208, 2))
-    fields = forecaster.normalise(values[FIRST - 1 : FIRST + STEPS + 1].permute(0, 2, 3, 1)[None])
+    fields = forecaster.normalise(values[FIRST - 1 : FIRST + steps + 1].permute(0, 2, 3, 1)[None])
     with torch.no_grad():
-        rolled = [forecaster.denormalise(prediction[0]) for prediction, _ in forecaster.rollout(fields, STEPS)]
+        rolled = [forecaster.denormalise(prediction[0]) for prediction, _ in forecaster.rollout(fields, steps)]
     assert relative(found.numpy(), torch.stack(rolled).numpy()) < 1e-5
 
 
@@ -117,9 +118,9 @@ def test_variables_may_be_in_another_order_among_others(checkpoint: Path, path: 
     assert torch.equal(ours, theirs)
 
 
-def test_a_dataset_of_finer_steps_is_read_at_the_models(checkpoint: Path, path: str, tmp_path: Path) -> None:
+def test_a_dataset_of_finer_steps_is_read_at_the_models(tmp_path_factory: pytest.TempPathFactory, path: str) -> None:
     """Trained on every second date, started from all of them."""
-    coarse = trained(tmp_path / "coarse", path, "--data.frequency=12h")
+    coarse = trained(tmp_path_factory, path, "--data.frequency=12h")
     ours, theirs = (
         [lead.fields for lead in load(coarse, dataset).run(START, "48h")]
         for dataset in (path, open_dataset(path, frequency="12h"))
