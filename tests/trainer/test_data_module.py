@@ -41,7 +41,7 @@ for _ in range(2):
     trainer = Trainer(strategy=STRATEGY, **options)
     trainer.fit(module, data)
     trainer.validate(module, data, verbose=False)
-print(sorted({{thread.name.split("_")[0] for thread in threading.enumerate()}}))
+print([thread.name for thread in threading.enumerate() if "shardio" in thread.name])
 print(module.scores.leads, module.scores.variables)
 """
 
@@ -49,7 +49,7 @@ print(module.scores.leads, module.scores.variables)
 def test_reading_threads_end_with_the_training_of_a_program(tmp_path):
     run = Run(tmp_path, "-c", PROGRAM.replace("STRATEGY", "DDPGroupStrategy()"))
     assert run.wait() == [0], run.errors
-    assert run.printed.endswith("['MainThread']\n('6h',) ('psi', 'vo', 'u', 'v', 't', 'latitude')\n")
+    assert run.printed.endswith("[]\n('6h',) ('psi', 'vo', 'u', 'v', 't', 'latitude')\n")
 
 
 def test_another_strategy_is_refused(tmp_path):
