@@ -40,6 +40,7 @@ DESCRIPTION = """Train forecast models that never see the full grid.
 
   trainer fit --config demo
   trainer validate --config demo --ckpt_path last
+  trainer plan --config demo --gpus-per-model 1,2,4     memory and messages of each rank, before anything is booked
 
 Every knob is in the YAML and a flag of the same name; flags win. trainer fit --help lists them all,
 trainer fit --print_config writes a YAML with all of them."""
@@ -227,6 +228,11 @@ def main(arguments: list[str] | None = None) -> None:
                 return
             if given[:1] == ["export"]:
                 export_cli.main(given[1:])
+                return
+            if given[:1] == ["plan"]:
+                from trainer import plan_cli  # fake tensors, which no training needs, take a second to import
+
+                plan_cli.main(given[1:])
                 return
             cli = TrainerCLI(given)
             cli.run()

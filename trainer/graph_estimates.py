@@ -69,10 +69,8 @@ def rank_counts(
     hidden = mesh.latitudes.size
     every = EvenEnds(_processor_edges(hidden, options), hidden, hidden, 0)
     cut = _whole_bounds(hidden_bounds, rank, cells.ranks, hidden)
-    parts = [
-        PartCounts(*(cells.bounds if part is encoder else cut, *part[1:])) for part in (encoder, processor, decoder)
-    ]
-    return RankCounts("rank", rank, cells, cut, *parts, every)
+    processor, decoder = (replace(part, bounds=cut) for part in (processor, decoder))
+    return RankCounts("rank", rank, cells, cut, encoder, processor, decoder, every)
 
 
 def _positions(latitudes: Float64, longitudes: Float64) -> Float64:
