@@ -16,12 +16,13 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from shardio import Topology, open_dataset
+from shardio import Dataset, Topology, open_dataset
 from shardio.errors import OutputError, SelectionError
 from shardio.sharded_writer import begun_chunk_cells
 from trainer.assembly import Place
 from trainer.forecast import assemble, forecast_partition, read_trained
 from trainer.launcher import RankLauncher, started_by_others
+from trainer.netcdf import export
 from trainer.predict import Task, Written, initial_dates, path_of, plan, write
 
 DESCRIPTION = """Forecast from one or many dates; every rank writes its own grid-chunks of OUTPUT/<initial date>.zarr.
@@ -29,6 +30,7 @@ DESCRIPTION = """Forecast from one or many dates; every rank writes its own grid
   trainer predict --ckpt_path run/checkpoints/last.ckpt --dataset o32.zarr --start 2020-02-10 --lead-time 120h
   trainer predict --config my.yaml --ckpt_path c.ckpt --start 2020-01-01 --end 2020-01-31 --every 24h
   trainer predict --config my.yaml --ckpt_path c.ckpt --start 2020-01-01 --devices 4 --num_gpus_per_model 4
+  trainer predict --config my.yaml --ckpt_path c.ckpt --start 2020-01-01 --evaluate --netcdf
   torchrun --nproc_per_node 4 -m trainer.cli predict --ckpt_path c.ckpt --dataset o32.zarr --start 2020-01-01
 
 --config is the YAML of the training; flags win. Ranks: --devices x --num_nodes of them, or as many as torchrun or
@@ -36,7 +38,7 @@ SLURM start. Each --num_gpus_per_model together make one forecast, the others ma
 be as in the training.
 
 Run the same command again after an interruption: it goes on at the lead time where it stopped, on as many ranks as you
-like, and keeps forecasts that are complete."""
+like, and keeps forecasts that are complete; with --evaluate or --netcdf added it does only that."""
 
 FOREVER = timedelta(days=7)  # how long ranks that are done wait for the others, whose forecasts may take longer
 
@@ -60,6 +62,8 @@ def build_parser() -> ArgumentParser:
     out = parser.add_argument_group("output").add_argument
     out("--output", type=str, default="forecasts", help="Folder of the forecasts.")
     out("--variables", type=str | None, default=None, help="Names to write: t_850,z_500. Default: all forecast.")
+    out("--evaluate", action="store_true", help="Score the forecasts: scores.csv, skill.png, maps.png in OUTPUT.")
+    out("--netcdf", action="store_true", help="Write each forecast as one CF NetCDF file too, beside it.")
     out("--overwrite", action="store_true", help="Replace forecasts that are there.")
     out("--ahead", type=int, default=2, help="Lead times that may wait in memory for the disk.")
     out("--no_fsync", action="store_true", help="Do not wait for the disk: faster, lost at power loss.")
@@ -99,7 +103,7 @@ def main(arguments: list[str]) -> None:
     place = Place(cells, topology.model_rank, group, fabric.device)
     for task in tasks if topology.rank == 0 else ():
         if task not in missing:
-            _show(options, {"path": str(task.path), "steps": 0, "kept": True})
+            _show(options, {"path": str(task.path), "steps": 0, "kept": True}, f"kept {task.path}: it is complete")
     mine = missing[topology.data_rank :: topology.data_size]
     if mine:
         network = {"num_chunks": options.num_chunks} if options.num_chunks else {}
@@ -110,9 +114,16 @@ def main(arguments: list[str]) -> None:
             report = bar.report(str(task.initial))
             done = write(forecast, task, options.overwrite, options.ahead, not options.no_fsync, command, report)
             if topology.model_rank == 0:
-                _show(options, _told(done))
+                _show(options, *_told(done))
     if whole is not None:
-        dist.barrier(whole)  # the first rank ends last: with it end those that it started
+        dist.barrier(whole)
+    paths = [task.path for task in tasks]
+    if options.evaluate:
+        _evaluate(options, config, paths, dataset, place, topology, whole)
+    if options.netcdf and topology.rank == 0:  # no rank waits for it: there is nothing to do after it
+        for path in paths:
+            export(path, path.with_suffix(".nc"), options.overwrite)
+            _show(options, {"netcdf": str(path.with_suffix(".nc"))}, f"wrote {path.with_suffix('.nc')}")
 
 
 # ---------------------------------------------------------------------------------------------------------- the options
@@ -217,27 +228,42 @@ def _groups(topology: Topology, timeout: timedelta) -> tuple[dist.ProcessGroup |
 
 
 # ----------------------------------------------------------------------------------------------------------- the result
-def _told(done: Written) -> dict[str, Any]:
-    return {
-        "path": str(done.path),
-        "steps": done.steps,
-        "seconds": round(done.seconds, 3),
-        "waited": round(done.waited, 3),
-        "kept": False,
-    }
+def _evaluate(
+    options: Any,
+    config: dict[str, Any],
+    paths: list[Path],
+    dataset: Dataset,
+    place: Place,
+    topology: Topology,
+    whole: dist.ProcessGroup | None,
+) -> None:
+    """Scores of all forecasts on all ranks; each model group reads those of its dates."""
+    from trainer.evaluate import evaluate
+    from trainer.pictures import draw_maps, draw_skill
+
+    data, folder, first = config.get("data") or {}, Path(options.output), topology.rank == 0
+    period = (data.get("train_start"), data.get("train_end")) if data.get("train_end") else None
+    mine = slice(topology.data_rank, None, topology.data_size)
+    scores = evaluate(paths, dataset, place.owned, whole, period, mine)
+    if topology.data_rank == 0:
+        draw_maps(folder / "maps.png", paths[0], dataset, place.owned, place.group, shown=first)
+    if first:
+        scores.write(folder / "scores.csv")
+        units = {name: about.get("units", "") for name, about in dataset.variables_metadata(scores.variables).items()}
+        draw_skill(folder / "skill.png", scores, units)
+        files = [str(folder / name) for name in ("scores.csv", "skill.png", "maps.png")]
+        _show(options, {"scores": list(scores.rows()), "climatology": scores.climatology, "files": files}, str(scores))
 
 
-def _show(options: Any, result: dict[str, Any]) -> None:
-    if options.json:
-        text = json.dumps(result)
-    elif result["kept"]:
-        text = f"kept {result['path']}: it is complete"
-    else:
-        text = (
-            f"wrote {result['path']}: {result['steps']} lead times in {result['seconds']:.1f} s "
-            f"({result['waited'] / max(result['seconds'], 1e-9):.0%} waiting for the disk)"
-        )
-    print(text, flush=True)
+def _told(done: Written) -> tuple[dict[str, Any], str]:
+    seconds, waited = round(done.seconds, 3), round(done.waited, 3)
+    result = {"path": str(done.path), "steps": done.steps, "seconds": seconds, "waited": waited, "kept": False}
+    share = done.waited / max(done.seconds, 1e-9)
+    return result, f"wrote {done.path}: {done.steps} lead times in {seconds:.1f} s ({share:.0%} waiting for the disk)"
+
+
+def _show(options: Any, result: dict[str, Any], text: str) -> None:
+    print(json.dumps(result) if options.json else text, flush=True)
 
 
 class _Bar:
