@@ -30,11 +30,12 @@ demo: .venv/.installed  ## make datasets, cut, verify, plot and load them, train
 test: check  ## all checks, then all tests
 	$(BIN)/pytest
 
-check: .venv/.installed docs  ## lint, format, types, import rules, documentation
+check: .venv/.installed docs  ## lint, format, types, import rules, shell scripts, documentation
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo --no-cache
+	$(BIN)/shellcheck tools/slurm/*.sbatch
 
 docs: .venv/.installed  ## build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
