@@ -4,7 +4,8 @@ python -m tools.check_peers            builds the environment of anemoi-datasets
 
 A small dataset as anemoi-datasets makes them (Zarr v2, two members, NaN, a missing date, statistics of tendencies) is
 cut into grid-chunks as Zarr v2 and v3. anemoi-datasets opens the source and the v2 output; zarr-python, xarray and
-tensorstore open both outputs. `Check`, `make_source`, `rechunked`, `check_v2` and `check_v3` are for tests too.
+tensorstore open both outputs; and all of them open a forecast that two ranks wrote. `Check`, `make_source`,
+`rechunked`, `check_v2` and `check_v3` are for tests too.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ import argparse
 import json
 import sys
 import tempfile
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +32,7 @@ VARIABLES = ("t_850", "z_500", "tp", "lsm")
 STATISTICS = ("mean", "stdev", "minimum", "maximum")
 # What a peer says of a dataset, in its own environment: JSON to stdout, values to a file.
 ASK_ANEMOI = """
-import json, sys
+import json, os, sys
 import numpy as np
 from anemoi.datasets import open_dataset
 
@@ -43,8 +46,10 @@ for i in range(len(dataset)):
         rows.append(np.full(dataset.shape[1:], -1e30, np.float32))
         if type(error).__name__ != "MissingDateError":
             raise
+has_tendencies = os.path.exists(path + "/statistics_tendencies_6h_mean")  # a forecast has none
+tendencies = dataset.statistics_tendencies() if has_tendencies else {}
 np.savez(values, data=np.stack(rows), latitudes=dataset.latitudes, longitudes=dataset.longitudes,
-         **dataset.statistics, **{"tendencies_" + k: v for k, v in dataset.statistics_tendencies().items()})
+         **dataset.statistics, **{"tendencies_" + k: v for k, v in tendencies.items()})
 print(json.dumps({
     "shape": dataset.shape, "dates": [str(d) for d in dataset.dates], "missing": sorted(map(int, dataset.missing)),
     "variables": dataset.variables, "frequency": str(dataset.frequency), "resolution": str(dataset.resolution),
@@ -127,6 +132,55 @@ def rechunked(source: Path, zarr_format: int) -> Path:
     output = source.with_name(f"v{zarr_format}.zarr")
     run(prepare(Request(str(source), str(output), GRID_CHUNKS, zarr_format)))
     return output
+
+
+def written_by_ranks(path: Path) -> NDArray[np.float32]:
+    """A dataset such as `trainer predict` writes, of two ranks; returns its values."""
+    from shardio import Description, ShardedWriter
+
+    values = np.random.default_rng(1).normal(280, 10, (DATES, 2, 2, CELLS)).astype(np.float32)
+    initial, chunk_cells = np.datetime64("2020-01-01", "s"), -(-CELLS // 4)
+    about = Description(
+        initial + np.arange(DATES) * np.timedelta64(21600, "s"),
+        VARIABLES[:2],
+        np.linspace(90, -90, CELLS),
+        np.linspace(0, 360, CELLS, endpoint=False),
+        2,
+        chunk_cells,
+        {name: np.array([280.0, 10.0]) for name in STATISTICS},
+        {"forecast": {"initial_date": str(initial)}, "uuid": "", "resolution": "o16"},
+    )
+
+    meeting = threading.Barrier(2)
+
+    def tell(said: str) -> list[str]:
+        meeting.wait()
+        return [said, said]
+
+    def write(rank: int) -> None:
+        chunks = range(2 * rank, 2 * rank + 2)
+        with ShardedWriter(path, about, {"run": 1}, chunks, rank, tell) as writer:
+            for date in range(DATES):
+                writer.put(date, values[date][..., chunks.start * chunk_cells : chunks.stop * chunk_cells])
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(write, range(2)))
+    return values
+
+
+def check_forecast(python: Path | None, path: Path, values: NDArray[np.float32]) -> list[Check]:
+    """What ranks wrote is read as it was, by every reader."""
+    import zarr
+
+    found = np.asarray(zarr.open_group(path, mode="r")["data"][...])
+    checks = [Check("zarr-python", path.name, "data", _unequal(found, values)), *_check_xarray(path, values)]
+    checks += _check_tensorstore(path, values, "zarr")
+    if python is not None:
+        theirs = _ask_anemoi(python, path, [])
+        checks += [Check("anemoi-datasets", path.name, "data", _unequal(theirs["data"], values))]
+        expected = {"variables": list(VARIABLES[:2]), "shape": list(values.shape), "missing": []}
+        checks += [Check("anemoi-datasets", path.name, key, _unequal(theirs[key], v)) for key, v in expected.items()]
+    return checks
 
 
 def check_anemoi(python: Path, source: Path, output: Path) -> list[Check]:
@@ -243,7 +297,9 @@ def check_all(folder: Path, anemoi: Path | None) -> list[Check]:
     source = folder / "source.zarr"
     values = make_source(source)
     v2, v3 = rechunked(source, 2), rechunked(source, 3)
+    forecast = folder / "forecast.zarr"
     checks = [*check_v2(source, v2, values), *check_v3(source, v3, values)]
+    checks += check_forecast(anemoi, forecast, written_by_ranks(forecast))
     return [*check_anemoi(anemoi, source, v2), *checks] if anemoi else checks
 
 

@@ -124,6 +124,7 @@ def plan(
         "frequency": format_step(trained.step),
         "variables_metadata": dataset.variables_metadata(names),
         "uuid": "",  # of what it depends on
+        **_about_statistics(dataset),
         **({"resolution": dataset.resolution} if dataset.resolution else {}),
     }
     places = [dataset.variables.index(name) for name in names]
@@ -136,9 +137,16 @@ def plan(
         cells.chunk_cells,
         {name: dataset.statistics[name][places] for name in NAMES},
         attributes,
+        extras=dataset.cell_order,
     )
     identity = {**about, "variables": list(names), "members": description.ensemble, "dataset": _names(dataset)}
     return Task(path_of(folder, initial), initial, steps, members, description, identity)
+
+
+def _about_statistics(dataset: Dataset) -> dict[str, Any]:
+    """They are those of the dataset, not of the forecast."""
+    about = dataset.parts[0].source.attributes
+    return {name: about[name] for name in ("statistics_start_date", "statistics_end_date") if name in about}
 
 
 def _names(dataset: Dataset) -> list[str]:
