@@ -3,6 +3,10 @@
 import json
 import os
 import random
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -246,7 +250,7 @@ def test_a_run_killed_at_any_lead_time_goes_on_to_the_same_bytes(
     assert tree(output) == tree(uninterrupted)
     told = json.loads(process.printed)
     assert told["steps"] <= 40 - chunks // 2 + 1
-    again = [name for name, time in there.items() if (output / "data" / name).stat().st_mtime_ns != time]
+    again = [name for name, then in there.items() if (output / "data" / name).stat().st_mtime_ns != then]
     assert len(again) <= 2, "written, but not yet noted, when it was killed: at most one by each rank"
     assert not partial.exists()
 
@@ -323,16 +327,36 @@ def test_two_data_groups_share_the_dates(checkpoint: Path, path: str, tmp_path: 
         assert open_dataset(tmp_path / "forecasts" / name).shape == (4, 4, 1, 208)
 
 
-def test_the_configuration_of_the_training_gives_dataset_and_ranks(checkpoint: Path, path: str, tmp_path: Path) -> None:
-    """Started by itself, not by torchrun; dates in the YAML are dates to Python."""
+def test_the_command_starts_its_ranks_and_when_one_is_killed_all_end_and_the_next_run_goes_on(
+    uninterrupted: Path, checkpoint: Path, path: str, tmp_path: Path
+) -> None:
+    """Dataset and ranks are those of the configuration, in which dates are dates to Python."""
     config = tmp_path / "my.yaml"
-    config.write_text(f"data: {{dataset: {path}, train_end: 2021-03-08}}\nstrategy: {{num_gpus_per_model: 2}}\n")
-    process = Run(
-        tmp_path, "predict", f"--config={config}", f"--ckpt_path={checkpoint}", f"--start={START}", "--lead-time=12h"
-    )
-    assert process.wait() == [0], process.errors
-    about = json.loads((tmp_path / "forecasts" / NAME / ".zattrs").read_text())
+    data = f"data: {{dataset: {path}, train_end: 2021-03-08}}"
+    config.write_text(f"{data}\ntrainer: {{devices: 2}}\nstrategy: {{num_gpus_per_model: 2}}\n")
+    words = [sys.executable, "-m", "trainer.cli", "predict", f"--config={config}", f"--ckpt_path={checkpoint}"]
+    words += [f"--start={START}", f"--lead-time={LONG}"]
+    streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": tmp_path}
+    partial = tmp_path / "forecasts" / f"{NAME}.partial"
+    with subprocess.Popen(words, **streams) as process:
+        while noted(partial) < 4:
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.001)
+        (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(child), signal.SIGKILL)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert errors.count("Error:") == 1
+    assert "Traceback" not in errors
+    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, timeout=120, check=True)
+    assert f"wrote forecasts/{NAME}" in done.stdout
+    found = tree(tmp_path / "forecasts" / NAME)
+    about = json.loads(found.pop(".zattrs"))
     assert about["forecast"]["config"]["data"]["train_end"] == "2021-03-08"
+    expected = tree(uninterrupted)
+    assert {name: found[name] for name in found if name != ".zmetadata"} == {
+        name: expected[name] for name in expected if name not in (".zattrs", ".zmetadata")
+    }
 
 
 @pytest.mark.parametrize(
