@@ -10,6 +10,7 @@ import time
 import warnings
 from argparse import RawDescriptionHelpFormatter
 from contextlib import redirect_stdout
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
@@ -25,7 +26,6 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 import shardio
 from shardio.allocator import keep_freed_memory
 from shardio.errors import DatasetError, PlanError
-from trainer import export_cli, predict_cli
 from trainer.checkpoint import KeepLast
 from trainer.configs import by_name
 from trainer.curves import SKILL, LossCurve
@@ -42,6 +42,10 @@ DESCRIPTION = """Train forecast models that never see the full grid.
   trainer validate --config demo --ckpt_path last
   trainer plan --config demo --gpus-per-model 1,2,4     memory and messages of each rank, before anything is booked
 
+  trainer predict --help       forecasts from a checkpoint; every rank writes its own part
+  trainer plan --help          memory and messages of each rank, before GPUs are booked
+  trainer export --help        the model as one program, for production
+
 Every knob is in the YAML and a flag of the same name; flags win. trainer fit --help lists them all,
 trainer fit --print_config writes a YAML with all of them."""
 
@@ -54,6 +58,8 @@ FIT = """Train, and write checkpoints, logs and curves.png to the folder --outpu
 
 Ranks: --trainer.devices x --trainer.num_nodes of them, or as many as torchrun or SLURM start. Each
 --strategy.num_gpus_per_model together hold one model; the others train it on other dates."""
+
+OTHER_COMMANDS = ("predict", "export", "plan")  # they take no Lightning; each is imported when it is called
 
 VALIDATE = """Forecast the validation dates, and compare with persistence, the forecast that nothing changes.
 
@@ -223,16 +229,8 @@ def main(arguments: list[str] | None = None) -> None:
             _ignore_advice()
         try:
             given = by_name(sys.argv[1:] if arguments is None else arguments)
-            if given[:1] == ["predict"]:
-                predict_cli.main(given[1:])
-                return
-            if given[:1] == ["export"]:
-                export_cli.main(given[1:])
-                return
-            if given[:1] == ["plan"]:
-                from trainer import plan_cli  # fake tensors, which no training needs, take a second to import
-
-                plan_cli.main(given[1:])
+            if given[:1] and given[0] in OTHER_COMMANDS:
+                import_module(f"trainer.{given[0]}_cli").main(given[1:])
                 return
             cli = TrainerCLI(given)
             cli.run()
