@@ -2,18 +2,18 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test check docs clean
+.PHONY: help demo test check docs perf perf-accept clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .venv/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install -c constraints.txt -e ".[train,grib,dev]"
 	touch $@
 
-demo: .venv/.installed  ## make datasets, cut, verify, plot and load them, train a forecast model on 2 ranks; all in demo/
+demo: .venv/.installed  ## make datasets, cut, verify, plot and load them, train a model on 2 ranks, forecast with it; all in demo/
 	rm -rf demo
 	mkdir demo
 	$(BIN)/shardio synth demo/o96.zarr --grid o96 --dates 8 --grid-chunks 1
@@ -26,6 +26,8 @@ demo: .venv/.installed  ## make datasets, cut, verify, plot and load them, train
 	$(BIN)/trainer fit --config trainer/configs/demo.yaml --data.dataset demo/o32.zarr --output demo/run
 	$(BIN)/trainer validate --config trainer/configs/demo.yaml --data.dataset demo/o32.zarr --output demo/run \
 		--ckpt_path demo/run/checkpoints/last.ckpt
+	$(BIN)/trainer predict --config trainer/configs/demo.yaml --dataset demo/o32.zarr --output demo/forecasts \
+		--ckpt_path demo/run/checkpoints/last.ckpt --start 2020-02-10 --lead-time 120h --evaluate
 
 test: check  ## all checks, then all tests
 	$(BIN)/pytest
@@ -39,6 +41,12 @@ check: .venv/.installed docs  ## lint, format, types, import rules, shell script
 
 docs: .venv/.installed  ## build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+perf: .venv/.installed  ## count and time every kind of work; fails if bytes, messages, memory or FLOPs grew
+	$(BIN)/python -m tools.perf
+
+perf-accept: .venv/.installed  ## take the counters of the last make perf as the baseline
+	$(BIN)/python -m tools.perf --accept
 
 clean:  ## remove everything that make made
 	rm -rf .venv demo site build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache

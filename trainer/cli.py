@@ -40,11 +40,9 @@ DESCRIPTION = """Train forecast models that never see the full grid.
 
   trainer fit --config demo
   trainer validate --config demo --ckpt_path last
-  trainer plan --config demo --gpus-per-model 1,2,4     memory and messages of each rank, before anything is booked
-
-  trainer predict --help       forecasts from a checkpoint; every rank writes its own part
-  trainer plan --help          memory and messages of each rank, before GPUs are booked
-  trainer export --help        the model as one program, for production
+  trainer predict --help                  forecasts from a checkpoint; every rank writes its own part
+  trainer plan --config demo --gpus-per-model 1,2,4     memory and messages of each rank, before GPUs are booked
+  trainer export --help                   the model as one program, for production
 
 Every knob is in the YAML and a flag of the same name; flags win. trainer fit --help lists them all,
 trainer fit --print_config writes a YAML with all of them."""
