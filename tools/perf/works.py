@@ -1,0 +1,236 @@
+"""The four kinds of work, as one rank does them: each is an object whose `once()` does it once, all ranks together.
+
+Training and forecasting take the trainer's own parts, without Lightning around them: what is measured is ours.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from shardio import Dataset, ShardedDataLoader, Topology, open_dataset
+from shardio.partition import Partition, partition
+from shardio.rechunk import prepare, run
+from tools.perf.counters import Counters, stored
+from tools.perf.grids import FORCINGS, HOURS, Site
+from trainer import predict
+from trainer.assembly import Place, assemble_areas, assemble_forecaster, assemble_graph, assemble_loss
+from trainer.forecast import Forecast, Trained, forecast_partition
+from trainer.forecaster import Forecaster, Roles
+from trainer.gradients import reduce_gradients
+from trainer.loss import LossOptions
+
+INPUT_STEPS = 2
+STEPS = 3  # of training, in one `once()`
+LEADS = 3  # lead times likewise
+Split = dict[str, float]
+
+
+class Work(Protocol):
+    """Attributes: of what `once()` does so many: dates, samples, lead times."""
+
+    units: int
+
+    def once(self) -> Split:
+        """Do it, and say how many seconds went where."""
+
+    def outcome(self) -> Counters:
+        """What is there after it: files, rows."""
+
+
+class Clock:
+    """Seconds between calls, by the name of what was just done."""
+
+    def __init__(self) -> None:
+        self.split: Split = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.split[name] = self.split.get(name, 0.0) + now - self._last
+        self._last = now
+
+
+@contextmanager
+def timed_messages(split: Split) -> Iterator[None]:
+    """Adds the seconds of all collectives as `exchange`; they are part of whatever else was going on."""
+    kept = {name: getattr(dist, name) for name in ("all_to_all_single", "all_reduce")}
+    split["exchange"] = 0.0
+
+    def timed(call: Callable[..., Any]) -> Callable[..., Any]:
+        def timed_call(*args: Any, **kwargs: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return call(*args, **kwargs)
+            finally:
+                split["exchange"] += time.perf_counter() - began
+
+        return timed_call
+
+    for name, call in kept.items():
+        setattr(dist, name, timed(call))
+    try:
+        yield
+    finally:
+        for name, call in kept.items():
+            setattr(dist, name, call)
+
+
+class Rechunk:
+    """One chunk per date into grid-chunks; with a scheduler on its workers."""
+
+    def __init__(self, site: Site, scheduler: str | None = None):
+        self._site, self._scheduler = site, scheduler
+        self._output = site.folder / f"{site.name}-{'here' if scheduler is None else 'cluster'}.zarr"
+        self._tasks = self.units = 0
+
+    def once(self) -> Split:
+        clock = Clock()
+        shutil.rmtree(self._output, ignore_errors=True)
+        clock.lap("empty the folder")
+        prepared = prepare(self._site.request(self._output, self._scheduler))
+        clock.lap("plan")
+        self.units, self._tasks = run(prepared).dates, len(prepared.plan.tasks)
+        clock.lap("copy")
+        del clock.split["empty the folder"]
+        return clock.split
+
+    def outcome(self) -> Counters:
+        return stored(self._output) | {"tasks": self._tasks}
+
+
+class Rank:
+    """Where one rank stands in a world that is one model group."""
+
+    def __init__(self, rank: int, group: Any, site: Site):
+        self.ranks = 1 if group is None else dist.get_world_size(group)
+        self.rank, self.group, self.site = rank, group, site
+        self.topology = Topology(self.ranks, rank, self.ranks)
+
+    def loader(self, dataset: Dataset, **more: Any) -> ShardedDataLoader:
+        return ShardedDataLoader(
+            dataset, self.topology, shuffle=False, group=self.group, threads=max(1, 2 // self.ranks), **more
+        )
+
+
+class Load:
+    """Every date, as one tensor of the rank's own cells."""
+
+    def __init__(self, rank: Rank):
+        dataset = open_dataset(str(rank.site.dataset))
+        self._loader = rank.loader(dataset, input_steps=1, target_steps=0)
+        self.units = len(dataset)
+
+    def once(self) -> Split:
+        clock = Clock()
+        self._loader.set_epoch(-1)  # wherever the last one ended, begin at the start
+        self._loader.set_epoch(0)
+        for batch in self._loader:
+            clock.lap("wait")
+            _ = batch.fields
+            clock.lap("put together")
+        return clock.split
+
+    def outcome(self) -> Counters:
+        return {}
+
+
+class Model:
+    """What training and forecasting share: the first dates of the dataset, and a model on the cells of `cut`."""
+
+    def __init__(self, rank: Rank, cut: Callable[[Dataset, int], Partition]):
+        grid, self.rank = rank.site.grid, rank
+        last = np.datetime64("2020-01-01", "s") + (INPUT_STEPS + STEPS - 1) * np.timedelta64(HOURS, "h")
+        self.dataset = open_dataset(str(rank.site.dataset), end=str(last))
+        self.place = Place(cut(self.dataset, rank.ranks), rank.rank, rank.group)
+        self.graph = assemble_graph(self.dataset, self.place, grid.graph, grid.network)
+        self.roles = Roles(self.dataset.variables, FORCINGS)
+        torch.manual_seed(0)
+        parts = (self.dataset, self.place, self.roles, INPUT_STEPS, grid.network, self.graph)
+        self.forecaster: Forecaster = assemble_forecaster(*parts)
+
+    @property
+    def rows(self) -> Counters:
+        """That this rank borrows for one use of each part."""
+        parts = (self.graph.encoder, self.graph.processor, self.graph.decoder)
+        return {"rows": sum(sum(links.halo.receive_counts) for links in parts)}
+
+
+class Train:
+    """A few steps, from the loader to the optimizer."""
+
+    units = STEPS
+
+    def __init__(self, rank: Rank):
+        self._rank = rank
+        self._model = Model(rank, lambda dataset, ranks: partition(dataset.shape[3], ranks, dataset.chunk_cells))
+        areas = assemble_areas(self._model.dataset, self._model.place)
+        self._loss = assemble_loss(self._model.forecaster, areas, LossOptions(), self._model.place)
+        self._optimizer = torch.optim.AdamW(self._model.forecaster.parameters())
+
+    def once(self) -> Split:
+        forecaster, clock = self._model.forecaster, Clock()
+        # A loader keeps so few dates in memory; another one reads them again.
+        loader = self._rank.loader(self._model.dataset, input_steps=INPUT_STEPS, target_steps=1)
+        for batch in loader:
+            fields = forecaster.normalise(batch.fields)
+            clock.lap("load")
+            ((prediction, target),) = forecaster.rollout(fields, 1)
+            loss = self._loss(prediction, target).value
+            clock.lap("forward")
+            self._optimizer.zero_grad()
+            loss.backward()
+            clock.lap("backward")
+            if self._rank.group is not None:
+                reduce_gradients(forecaster.parameters(), 1, self._rank.group)
+            clock.lap("reduce")
+            self._optimizer.step()
+            clock.lap("optimizer")
+        loader.close()
+        return clock.split
+
+    def outcome(self) -> Counters:
+        return self._model.rows
+
+
+class Predict:
+    """A few lead times, each rank writing its own grid-chunks."""
+
+    units = LEADS
+
+    def __init__(self, rank: Rank):
+        self._rank, self._model = rank, Model(rank, forecast_partition)
+        trained = Trained(self._model.roles, INPUT_STEPS, 3600 * HOURS, {}, {}, "perf")
+        self._forecast = Forecast(trained, self._model.forecaster, self._model.dataset, self._model.place)
+        self._folder = rank.site.folder / f"{rank.site.name}-forecast-{rank.ranks}"
+        self._folder.mkdir(exist_ok=True)
+
+    def once(self) -> Split:
+        model, began = self._model, time.perf_counter()
+        initial, lead_time = model.dataset.dates[INPUT_STEPS - 1], f"{LEADS * HOURS}h"
+        task = predict.plan(self._forecast.trained, model.dataset, model.place.cells, initial, lead_time, self._folder)
+        written = predict.write(self._forecast, task, overwrite=True, sync=False)
+        seconds = time.perf_counter() - began
+        return {"compute": seconds - written.waited, "wait for the disk": written.waited}
+
+    def outcome(self) -> Counters:
+        if self._rank.rank:  # all ranks wrote to one folder
+            return self._model.rows | {"files": 0, "bytes_written": 0}
+        return self._model.rows | stored(self._folder)
+
+
+def works(rank: int, group: Any, site: Site) -> Iterator[tuple[str, Callable[[], Work]]]:
+    """All that one rank does on a grid: names, and what makes it ready."""
+    here = Rank(rank, group, site)
+    if group is None:
+        yield "rechunk", lambda: Rechunk(site)
+    yield "load", lambda: Load(here)
+    yield "train", lambda: Train(here)
+    yield "forecast", lambda: Predict(here)
