@@ -38,7 +38,7 @@ def consolidated_names(store: Store) -> list[str]:
     v3 = (read_json(store, "zarr.json") or {}).get("consolidated_metadata") or {}
     v2 = (read_json(store, ".zmetadata") or {}).get("metadata", {})
     names = [*v3.get("metadata", {}), *(key.removesuffix("/.zarray") for key in v2 if key.endswith("/.zarray"))]
-    return sorted(name for name in names if name.startswith("statistics_"))
+    return sorted(name for name in names if name.startswith("statistics_") or name == "cell_order")
 
 
 def _with_dates(metadata: dict[str, Any], where: str) -> tuple[ArrayLayout, np.dtype[Any]]:

@@ -67,6 +67,12 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print the re
     "--zarr-format", type=click.Choice(["2", "3"]), help="Default: that of the source; 3 where it is not Zarr."
 )
 @click.option("--codec", default="lz4", show_default=True, help="lz4 (fastest), zstd (smallest) or none.")
+@click.option(
+    "--order",
+    type=click.Choice(["compact", "native"]),
+    help="Order of the cells: compact, so that grid-chunks are regions with short borders, or native, as they were "
+    "before that. Default: the order of the source, whichever it is.",
+)
 @click.option("--start", help="First date: 2020, 2020-03, 2020-03-01 or 2020-03-01T06:00.")
 @click.option("--end", help="Last date, included: --end 2020 is all of 2020.")
 @click.option("--select", type=Names(), default=(), help="Keep these variables, in this order: t_850,z_500.")
@@ -87,6 +93,7 @@ def rechunk(source: str, destination: str, **options: Any) -> None:
 
     \b
     shardio rechunk era5.zarr era5-16.zarr --grid-chunks 16
+    shardio rechunk era5.zarr era5-16.zarr -n 16 --order compact
     shardio rechunk era5.zarr sample.zarr -n 16 --start 2020 --end 2020-03 --select t_850,z_500
     shardio rechunk "era5-*.nc" era5.zarr -n 16 --codec zstd
     shardio rechunk era5.zarr era5-16.zarr -n 16 --scheduler tcp://10.0.0.1:8786
@@ -110,6 +117,7 @@ def rechunk(source: str, destination: str, **options: Any) -> None:
         overwrite=options["overwrite"],
         sync=options["fsync"],
         fill_absent=options["fill_missing_chunks"],
+        order=options["order"],
         command=shlex.join(["shardio", *sys.argv[1:]]),
     )
     _make(request, options["dry_run"], options["as_json"])

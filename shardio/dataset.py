@@ -17,7 +17,8 @@ from shardio.errors import DatasetError, SelectionError
 from shardio.indexing import expand, outer
 from shardio.job import refuse_unfinished
 from shardio.join import Part, join, narrow
-from shardio.source import AnemoiSource, Selection, array_metadata, as_cut
+from shardio.order import CELL_ORDER
+from shardio.source import AnemoiSource, Extra, Selection, array_metadata, as_cut
 from shardio.statistics import NAMES
 from shardio.store import REMOTE, open_store
 
@@ -89,6 +90,11 @@ class Dataset:
     def resolution(self) -> str | None:
         """Name of the grid."""
         return self.parts[0].source.attributes.get("resolution")
+
+    @property
+    def cell_order(self) -> tuple[Extra, ...]:
+        """What has to go along with these cells, so that `rechunk --order native` brings them back; often nothing."""
+        return tuple(extra for extra in self.parts[0].source.extras if extra.name == CELL_ORDER)
 
     @property
     def constants(self) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ import numpy as np
 
 from shardio.dates import frequency
 from shardio.job import refuse_unfinished
+from shardio.order import border_cells, order_of
 from shardio.partition import partition
 from shardio.progress import size
 from shardio.source import AnemoiSource, Source, open_source
@@ -38,7 +39,7 @@ def describe(path: str, ranks: int | None = None) -> Json:
         },
     }
     if isinstance(source, AnemoiSource):
-        about |= _stored(source)
+        about |= {"order": order_of(source), **_stored(source)}
         if ranks is not None:
             about["ranks"] = _read_by(source, ranks)
     return about
@@ -87,6 +88,7 @@ def _read_by(source: AnemoiSource, ranks: int) -> Json:
         "aligned": cut.aligned,
         "imbalance": cut.imbalance,
         "read_amplification": cut.read_amplification,
+        "border_cells": border_cells(source, cut.bounds),
         "each": [
             {
                 "rank": rank,
@@ -123,6 +125,7 @@ def print_description(about: Json) -> None:
         rows += [
             ("format", f"Zarr v{about['zarr_format']}, {about['dtype']}, {about['codec']}"),
             ("grid-chunks", f"{about['grid_chunks']} of {about['chunk_cells']} cells; chunks {about['chunks']}"),
+            ("order", about["order"]),
             ("files", f"{about['files']}, {per_date:g} per date"),
             (
                 "bytes",
@@ -142,16 +145,22 @@ def print_description(about: Json) -> None:
             table.add_row(name, *("-" if values[key] is None else f"{values[key]:.6g}" for key in NAMES))
         console.print(table)
     if "ranks" in about:
-        _print_ranks(about["ranks"], console)
+        _print_ranks(about["ranks"], about["order"], console)
 
 
-def _print_ranks(read: Json, console: Any) -> None:
+def _print_ranks(read: Json, order: str, console: Any) -> None:
     from rich.table import Table
 
     cut = "along the chunk grid" if read["aligned"] else "balanced across chunks"
     console.print(
         f"{read['ranks']} ranks, cut {cut}: imbalance {read['imbalance']:.1%}, "
         f"read amplification {read['read_amplification']:.3f}"
+    )
+    border = read["border_cells"]
+    other, remedy = ("compact", " (rechunk --order compact)") if order == "native" else ("native", "")
+    console.print(
+        f"cells of other ranks beside those of a rank: at most about {border[order]}; in {other} order "
+        f"{border[other]}{remedy}"
     )
     table = Table("rank", "cells", "grid-chunks", "bytes per date", box=None)
     for each in read["each"]:

@@ -39,6 +39,7 @@ class SourceExtent:
       dates: the dates wanted.
       variables: indices of the variables wanted.
       one_at_a_time: a task reads its source chunks one after the other, not on all threads.
+      whole_dates: any range of cells takes all cells of a date, for they are put in another order.
     """
 
     shape: tuple[int, int, int, int]
@@ -47,6 +48,7 @@ class SourceExtent:
     dates: range
     variables: tuple[int, ...]
     one_at_a_time: bool = False
+    whole_dates: bool = False
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,8 @@ def _cuts(source: SourceExtent, target: ArrayLayout, threads: int, best_overlap:
     span = source.chunks[0]
     together = max(1, SMALLEST_TASK // (span * bytes_of_date))
     dates = {block: _dates_read(source, block) for block in [span * together, *_halvings(span)]}
-    cells = {chunks: _cells_read(source, target, chunks) for chunks in _halvings(target.grid[3])}
+    piece_chunks = [target.grid[3]] if source.whole_dates else _halvings(target.grid[3])
+    cells = {chunks: _cells_read(source, target, chunks) for chunks in piece_chunks}
     values = _variables_read(source) * source.shape[2] * source.itemsize
     # A Zarr shard is written in order: chunks encoded ahead of it wait in memory.
     waiting = (threads + ENCODED_AHEAD) * target.chunk_bytes if target.zarr_shards else 0
@@ -152,6 +155,7 @@ def _cuts(source: SourceExtent, target: ArrayLayout, threads: int, best_overlap:
         readers = in_flight if source.one_at_a_time else threads
         memory = in_flight * (block * chunks * target.chunk_bytes + waiting)
         memory += readers * _source_scratch(source, target) + threads * 2 * target.chunk_bytes
+        memory += _reordering(source, threads)
         yield _Cut(block, chunks, in_flight, dates[block] * cells[chunks] * values, memory)
 
 
@@ -160,6 +164,11 @@ def _source_scratch(source: SourceExtent, target: ArrayLayout) -> int:
     source_chunk = math.prod(source.chunks) * source.itemsize
     whole_date = source.chunks == (1, *target.shape[1:]) and source.itemsize == np.dtype(target.dtype).itemsize
     return source_chunk * (1 if whole_date else 2)
+
+
+def _reordering(source: SourceExtent, threads: int) -> int:
+    """Bytes to put cells in another order: that order, and per thread a row of float32."""
+    return (16 + threads * 4) * source.shape[3] if source.whole_dates else 0
 
 
 def _dates_read(source: SourceExtent, block: int) -> int:

@@ -28,6 +28,7 @@ from shardio.codec import named
 from shardio.errors import OutputError, ShardioError
 from shardio.job import Job, WrittenDate, partial_of, sweep_published
 from shardio.layout import ArrayLayout, grid_chunked
+from shardio.order import order_of, ordered
 from shardio.plan import Plan, Task, make_plan
 from shardio.source import AnemoiSource, Selection, Source, open_source
 from shardio.writer import AtOnce, ChunkWriter, StoredChunk, chunk_slices, sync_folder
@@ -37,7 +38,12 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asks for; `opener`, where given, makes the source instead of `source`, in any process."""
+    """What the user asks for.
+
+    Attributes:
+      order: of the cells, compact or native; None is that of the source.
+      opener: where given, makes the source instead of `source`, in any process.
+    """
 
     source: str
     destination: str
@@ -51,13 +57,15 @@ class Request:
     overwrite: bool = False
     sync: bool = True
     fill_absent: bool = False
+    order: str | None = None
     command: str = ""
     opener: Callable[[], Source] | None = field(default=None, compare=False)
 
     def open_source(self) -> Source:
         """The source, in whatever process this runs."""
         keep_freed_memory()  # from here on: coordinates are read and hashed, and every chunk is encoded into new bytes
-        return self.opener() if self.opener else open_source(self.source, self.selection, self.fill_absent)
+        source = self.opener() if self.opener else open_source(self.source, self.selection, self.fill_absent)
+        return ordered(source, self.order)
 
 
 @dataclass(frozen=True)
@@ -80,6 +88,7 @@ class Prepared:
             "grid-chunks": r.grid_chunks,
             "zarr-format": self.layout.zarr_format,
             "codec": r.codec,
+            "order": order_of(self.source),
             "start": chosen.start,
             "end": chosen.end,
             "select": list(chosen.select),

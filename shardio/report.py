@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from shardio.order import order_of
 from shardio.progress import size
 from shardio.rechunk import Prepared
 
@@ -20,6 +21,7 @@ def plan_as_json(prepared: Prepared) -> Json:
         "chunks": list(layout.chunks),
         "zarr_format": layout.zarr_format,
         "codec": str(layout.codec),
+        "order": order_of(prepared.source),
         "tasks": len(plan.tasks),
         "pieces_per_task": len(plan.pieces),
         "bytes_needed": plan.bytes_needed,
@@ -46,7 +48,11 @@ def plan_as_text(prepared: Prepared) -> str:
         f"  read {size(plan.bytes_read)} (amplification {plan.amplification:.2f}), "
         f"write {size(plan.bytes_written)} before compression, memory at most {size(plan.peak_memory)}",
     ]
-    return "\n".join([*lines, f"  amplified because {plan.reason}"] if plan.reason else lines)
+    if prepared.source.extent.whole_dates:
+        lines.append(f"  cells are put in {order_of(prepared.source)} order: every date is read whole")
+    if plan.reason:
+        lines.append(f"  amplified because {plan.reason}")
+    return "\n".join(lines)
 
 
 def verdict(path: str, source: str | None, faults: int, repaired: int) -> str:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from shardio.codec import crc32c
 from shardio.errors import ChunkError, DatasetError, OutputError
 from shardio.job import refuse_unfinished
+from shardio.order import ordered_like
 from shardio.output import CHECKSUMS, checksum
 from shardio.plan import Task
 from shardio.reader import NativeReader
@@ -225,7 +226,7 @@ def _differences(stored: Stored, date: int, ours: NDArray[np.float32], theirs: N
 
 
 def _source_of(stored: Stored, source: str) -> Source:
-    """The source with the selection that the dataset was made with."""
+    """The source with the selection that the dataset was made with, its cells in the order of the dataset."""
     chosen = stored.about["selection"]
     selection = Selection(chosen["start"], chosen["end"], tuple(chosen["select"]), tuple(chosen["drop"]))
     original = open_source(source, selection, fill_absent=True)
@@ -234,7 +235,7 @@ def _source_of(stored: Stored, source: str) -> Source:
         raise DatasetError(
             f"{source} has shape {list(shape)}, {stored.path} has {list(stored.layout.shape)}. Check --source."
         )
-    return original
+    return ordered_like(original, stored.source)
 
 
 def _about(store: LocalStore, path: str) -> Json:
