@@ -4,7 +4,7 @@ Three ways, by what can be done in seconds:
 
   graph      the real graph is built once, as of one rank, and cut for every M: all counts are exact
   rank       only the part of the rank in the middle is built, and what lies around it. Hidden nodes are given to
-             ranks by their nearest cell alone, not by work: counts are exact but for that, some 1 % on a global grid
+             ranks by their number, not by their work, as which border cells feed which nodes depends on
   formulas   densities and boundaries, for shares of a global grid that are too large even for that
 """
 

@@ -42,7 +42,7 @@ Flags of the training, --model.* and --data.*, win over the configuration, as in
 """
 HOW = {
     "graph": "counted on the real graph, cut as in training",
-    "rank": "counted on the real part of the rank in the middle; hidden nodes go by their nearest cell, not by work",
+    "rank": "counted on the real part of the rank in the middle; hidden nodes are cut by their number, not by work",
     "formulas": "by formulas, for bands of latitude: the rank is too large to build its part here",
 }
 
