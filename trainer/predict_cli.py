@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from shardio import Dataset, Topology, open_dataset
 from shardio.errors import OutputError, SelectionError
+from shardio.job import sweep_published
 from shardio.sharded_writer import begun_chunk_cells
 from trainer.assembly import Place
 from trainer.forecast import assemble, forecast_partition, read_trained
@@ -89,6 +90,8 @@ def main(arguments: list[str]) -> None:
     dates = initial_dates(dataset, options.start, options.end, options.every)
     topology = Topology(options.devices * options.num_nodes, 0, _ranks_per_model(options, config, len(dates)))
     folder = Path(options.output)
+    for date in dates:
+        sweep_published(path_of(folder, date))
     begun = {begun_chunk_cells(path_of(folder, date)) for date in dates} - {None}
     cells = forecast_partition(dataset, topology.model_size, None if options.overwrite else max(begun, default=None))
     names = [name.strip() for name in options.variables.split(",")] if options.variables is not None else None
