@@ -17,64 +17,17 @@ import gc
 import json
 import sys
 import warnings
-import weakref
 from collections.abc import Iterable
 from dataclasses import asdict, replace
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from tools.trainer_step import Sizes, Step, on_ranks
+from trainer.live_bytes import LiveBytes
 
 MARGIN = 1.1
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of storages from when an operation first returns or takes them until nobody holds them.
-
-    Views count once, with all that they are a part of; what autograd keeps for backward counts until it lets go.
-
-    Args:
-      weights: of whose gradients is asked.
-
-    Attributes:
-      live, most: bytes now, and at the worst moment.
-      gradients: bytes of gradients of weights at the worst moment.
-    """
-
-    def __init__(self, weights: Iterable[Tensor] = ()) -> None:
-        super().__init__()
-        self.live = self.most = self.gradients = 0
-        self.weights = list(weights)
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        self.add((args, kwargs, result))
-        return result
-
-    def add(self, found: Any) -> None:
-        """Count every tensor in nested lists, tuples and dictionaries."""
-        if isinstance(found, Tensor):
-            storage = found.untyped_storage()
-            if storage._cdata not in self._known:
-                self._known.add(storage._cdata)
-                self.live += storage.nbytes()
-                if self.live > self.most:
-                    self.most = self.live
-                    self.gradients = nbytes(weight.grad for weight in self.weights if weight.grad is not None)
-                weakref.finalize(storage, self._drop, storage._cdata, storage.nbytes()).atexit = False
-        elif isinstance(found, dict):
-            self.add(list(found.values()))
-        elif isinstance(found, list | tuple):
-            for one in found:
-                self.add(one)
-
-    def _drop(self, key: int, nbytes: int) -> None:
-        self._known.discard(key)
-        self.live -= nbytes
 
 
 def living_tensors() -> list[Tensor]:
@@ -100,15 +53,17 @@ def measure(rank: int, group: dist.ProcessGroup | None, sizes: Sizes) -> dict[st
     state = [value for known in step.optimizer.state.values() for value in known.values() if isinstance(value, Tensor)]
     known = {id(tensor) for tensor in strangers}
     alive = [tensor for tensor in living_tensors() if id(tensor) not in known]
-    live = LiveBytes(weights)
-    live.add(alive)
-    before = live.live
+    live = LiveBytes()
+    live.hold("before", alive)
+    for weight in weights:
+        weight.register_post_accumulate_grad_hook(lambda weight: live.hold("gradients", weight.grad))
+    before = live.total
     with live:
         step.run(batch)
-    found = {"weights": nbytes(weights), "optimizer": nbytes(state), "gradients": live.gradients}
+    found = {"weights": nbytes(weights), "optimizer": nbytes(state), "gradients": live.at_peak["gradients"]}
     found["batch"] = nbytes([batch])
     found["graph"] = before - found["weights"] - found["optimizer"] - found["batch"]
-    return found | {"peak": live.most}
+    return found | {"peak": live.peak}
 
 
 REPLICATED = ("weights", "optimizer", "gradients")

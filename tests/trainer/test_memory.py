@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from tools.trainer_memory import MARGIN, LiveBytes, compare, measure
+from tools.trainer_memory import MARGIN, compare, measure
 from tools.trainer_step import Sizes
+from trainer.live_bytes import LiveBytes
 
 SIZES = Sizes("o32", "ico2", channels=32, layers=2, heads=4, variables=8, input_steps=2)
 CELLS = 5248
@@ -62,24 +63,24 @@ def test_a_storage_counts_once_until_its_last_view_is_gone() -> None:
     with LiveBytes() as live:
         whole = torch.zeros(1000)
         part = whole[:10].view(2, 5)
-        assert live.live == 4000
+        assert live.total == 4000
         del whole
-        assert live.live == 4000
+        assert live.total == 4000
         del part
-        assert live.live == 0
-    assert live.most == 4000
+        assert live.total == 0
+    assert live.peak == 4000
 
 
 def test_what_backward_needs_counts_until_backward_is_done() -> None:
     weight = torch.ones(1000, requires_grad=True)
     with LiveBytes() as live:
-        live.add(weight)
+        live.hold("weights", weight)
         loss = (weight.exp() * 2.0).sum()  # exp keeps its result
-        assert live.live == 4000 + 4000 + 4
-        assert live.most == 4000 + 8000 + 4
+        assert live.total == 4000 + 4000 + 4
+        assert live.peak == 4000 + 8000 + 4
         loss.backward()
-        assert live.most >= 4000 + 4000 + 4 + 8000 - 4
-        assert live.live == 4000 + 4000 + 4  # the gradient is there, what exp kept is gone
+        assert live.peak >= 4000 + 4000 + 4 + 8000 - 4
+        assert live.total == 4000 + 4000 + 4  # the gradient is there, what exp kept is gone
 
 
 def test_what_is_made_and_freed_in_backward_shows_in_the_peak() -> None:
@@ -96,5 +97,5 @@ def test_what_is_made_and_freed_in_backward_shows_in_the_peak() -> None:
     rows = torch.ones(10, requires_grad=True)
     with LiveBytes() as live:
         Wasteful.apply(rows).sum().backward()
-    assert live.most > 4 * 10**6
-    assert live.live < 1000
+    assert live.peak > 4 * 10**6
+    assert live.total < 1000
