@@ -8,4 +8,5 @@ matrix.py        every grid x every work x 1 and 2 ranks, in real processes
 gate.py          counters against baseline.json
 history.py       times of all runs, and which are slower than the noise explains
 report.py        both, drawn
+knobs.py         what each knob of training costs and saves
 """
