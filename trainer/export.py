@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import numpy as np
 import torch
@@ -93,6 +94,7 @@ def export(forecast: Forecast, path: str | os.PathLike[str], overwrite: bool = F
     with torch.no_grad():
         step = Step(model, *coordinates).eval()
         program = torch.export.export(step, (example,), dynamic_shapes=(sizes,), strict=False)
+    program.example_inputs = ((torch.zeros(()).expand_as(example),), {})  # stored as one number
     about = describe(forecast)
     with _in_place_of(target) as partial:
         torch.export.save(program, partial, extra_files={ABOUT: json.dumps(about, indent=2)})
@@ -123,14 +125,20 @@ def describe(forecast: Forecast) -> dict[str, Any]:
     }
 
 
-def read_about(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What `export` stored with the program."""
-    return _load(path)[1]
+def read_program(path: str | os.PathLike[str]) -> tuple[torch.export.ExportedProgram, dict[str, Any]]:
+    """The program that `export` wrote, and what it stored with it; `program.module()` is the step."""
+    if not Path(path).is_file():
+        raise DatasetError(f"there is no program {path}. Write one: trainer export --output {path}.")
+    if not is_zipfile(path):
+        raise DatasetError(f"{path} is no program, or not a whole one. Write it again: trainer export --output {path}.")
+    files = {ABOUT: ""}
+    program = torch.export.load(path, extra_files=files)
+    if not files[ABOUT]:
+        raise DatasetError(f"{path} is a program of another author: it has no {ABOUT}. Give one of trainer export.")
+    return program, json.loads(files[ABOUT])
 
 
-def compile_program(
-    path: str | os.PathLike[str], overwrite: bool = False, options: dict[str, Any] | None = None
-) -> Path:
+def compile_program(path: str | os.PathLike[str], overwrite: bool = False) -> Path:
     """Compile an exported program with AOTInductor, into model.aoti.pt2 beside it.
 
     It runs on processors with the vector instructions of this one (metadata AOTI_CPU_ISA). Its metadata are those of
@@ -139,31 +147,37 @@ def compile_program(
     Args:
       path: that `export` wrote.
       overwrite: replace a file that is there.
-      options: of Inductor, beside the metadata.
     Raises: PlanError if there is no compiler; OutputError if the file is there or cannot be written.
     """
     target = check_output(compiled_path(path), overwrite)
-    program, about = _load(path)
+    _check_compiler(path)
+    program, about = read_program(path)
+    (example,), _ = program.example_inputs
+    program.example_inputs = ((example.contiguous(),), {})  # compiled code takes fields that lie in memory like this
     metadata = {
         name: ",".join(map(str, value)) if isinstance(value, list) else str(value) for name, value in about.items()
     }
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _in_place_of(target) as partial, torch.no_grad():
         # Inductor's own: it imports torch.jit, and copies a tree of torch's.
         warnings.filterwarnings("ignore", ".*torch.jit.*deprecated", DeprecationWarning)
         warnings.filterwarnings("ignore", ".*treespec, LeafSpec.*", FutureWarning)
-        from torch._inductor import aoti_compile_and_package
-        from torch._inductor.exc import InvalidCxxCompiler
-
-        try:
-            with _in_place_of(target) as partial, torch.no_grad():
-                settings = {"aot_inductor.metadata": metadata, **(options or {})}
-                aoti_compile_and_package(program, package_path=str(partial), inductor_configs=settings)
-        except InvalidCxxCompiler as error:
-            raise PlanError(
-                "AOTInductor needs a C++ compiler, and found none. Install g++ or clang++, or name one in CXX; "
-                f"{path} itself needs none."
-            ) from error
+        settings = {"aot_inductor.metadata": metadata}
+        torch._inductor.aoti_compile_and_package(program, package_path=str(partial), inductor_configs=settings)
     return target
+
+
+def _check_compiler(path: str | os.PathLike[str]) -> None:
+    """Before Inductor works for minutes."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise PlanError(
+            "AOTInductor needs a C++ compiler, and found none. Install g++ or clang++, or name one in CXX; "
+            f"{path} itself needs none."
+        ) from error
 
 
 def compiled_path(path: str | os.PathLike[str]) -> Path:
@@ -179,16 +193,6 @@ def check_output(path: str | os.PathLike[str], overwrite: bool) -> Path:
     if target.exists() and not overwrite:
         raise OutputError(f"{target} is there already. Give another name, or --overwrite.")
     return target
-
-
-def _load(path: str | os.PathLike[str]) -> tuple[torch.export.ExportedProgram, dict[str, Any]]:
-    if not Path(path).is_file():
-        raise DatasetError(f"there is no program {path}. Write one: trainer export --output {path}.")
-    files = {ABOUT: ""}
-    program = torch.export.load(path, extra_files=files)
-    if not files[ABOUT]:
-        raise DatasetError(f"{path} is a program of another author: it has no {ABOUT}. Give one of trainer export.")
-    return program, json.loads(files[ABOUT])
 
 
 @contextmanager
