@@ -29,7 +29,7 @@ from trainer.model import ModelOptions
 from trainer.planner import Field, Planner
 
 SIZES = Sizes("o32", "ico2", channels=32, layers=2, heads=4, variables=8, checkpointing=False)
-LARGER = replace(SIZES, grid="o64", hidden="ico3", checkpointing=True)
+LARGER = replace(SIZES, grid="o64", hidden="ico3", layers=1, checkpointing=True)
 CASES: list[tuple[int, Sizes, str]] = [
     (1, SIZES, "32-true"),
     (2, SIZES, "32-true"),
