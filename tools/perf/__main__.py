@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 import time
@@ -54,6 +55,8 @@ def accept(folder: Path, baseline: Path) -> int:
 def run(options: argparse.Namespace) -> int:
     """Measure, compare, keep, draw."""
     began = time.perf_counter()
+    # Ranks are killed when they have answered; Python would tell of the locks that they leave.
+    sys.warnoptions.append("ignore:resource_tracker")
     with tempfile.TemporaryDirectory() as folder:
         sites = [Site(name, Path(folder)) for name in options.grid or NAMES]
         for site in sites:
@@ -76,6 +79,8 @@ def run(options: argparse.Namespace) -> int:
         print(f"report: {report.write(options.folder, runs, changes, slow)}")
     if slow:
         print("\n".join([f"{len(slow)} cases are slower than noise explains:", *(f"  {one}" for one in slow)]))
+        if (load := os.getloadavg()[0]) > (cores := os.cpu_count() or 1) + 1:
+            print(f"  but the machine is busy (load {load:.1f} on {cores} cores): repeat it when it is not")
     if words:
         print(words)
     print(f"{len(found)} cases in {time.perf_counter() - began:.0f} s: {'good' if good else 'a counter got worse'}")
