@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from jsonargparse import DefaultHelpFormatter
-from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.callbacks.weight_averaging import EMAWeightAveraging
@@ -31,6 +30,7 @@ from trainer.configs import by_name
 from trainer.curves import SKILL, LossCurve
 from trainer.data import ForecastDataModule
 from trainer.failure import rank, stop
+from trainer.launcher import started_by_others
 from trainer.module import ForecastModule
 from trainer.preflight import check
 from trainer.report import show
@@ -144,7 +144,7 @@ class TrainerCLI(LightningCLI):
         """With our strategy, loggers and checkpoints; under torchrun or SLURM with as many processes as they start."""
         if self.option("trainer.strategy") != "auto":
             raise PlanError("trainer.strategy is always DDPGroupStrategy. Set --strategy.num_gpus_per_model instead.")
-        settings: dict[str, Any] = {"strategy": self._get(self.config_init, "strategy"), **_started_by_others()}
+        settings: dict[str, Any] = {"strategy": self._get(self.config_init, "strategy"), **started_by_others()}
         if self.subcommand == "fit":
             settings |= {"logger": self._loggers(), "callbacks": self._callbacks()}
         else:
@@ -249,18 +249,6 @@ def _leave(code: Any, message: str) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code if isinstance(code, int) else 1)
-
-
-def _started_by_others() -> dict[str, int]:
-    """Processes per node and nodes, as torchrun or SLURM say; they need not be in the config."""
-    if "LOCAL_WORLD_SIZE" in os.environ:
-        here, everywhere = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
-    elif SLURMEnvironment.detect() and "SLURM_NTASKS" in os.environ:
-        everywhere = int(os.environ["SLURM_NTASKS"])
-        here = everywhere // int(os.environ.get("SLURM_NNODES", "1"))
-    else:
-        return {}
-    return {"devices": here, "num_nodes": everywhere // here}
 
 
 def _ignore_advice() -> None:
