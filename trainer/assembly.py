@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -74,3 +75,12 @@ def assemble_loss(forecaster: Forecaster, areas: Tensor, options: LossOptions, p
     names = forecaster.roles.outputs
     weights = variable_weights(names, options, dict(zip(names, forecaster.tendencies.tolist(), strict=True)))
     return AreaLoss(areas, areas.new_tensor(weights), options, place.group)
+
+
+def grid_digest(dataset: Dataset) -> str:
+    """Of the places of all cells, in whatever order they are stored."""
+    order = np.lexsort((dataset.longitudes, dataset.latitudes))
+    digest = hashlib.sha256()
+    for coordinates in (dataset.latitudes, dataset.longitudes):
+        digest.update(np.ascontiguousarray(coordinates[order], np.float64))
+    return digest.hexdigest()[:16]

@@ -38,10 +38,13 @@ class Batch:
 
 
 class Batches:
-    """A loader as Lightning sees it: batches and an exact position. Lightning would replace the sampler it found."""
+    """A loader as Lightning sees it: batches and an exact position. Lightning would replace the sampler it found.
 
-    def __init__(self, loader: ShardedDataLoader):
-        self._loader = loader
+    `from_start`: every iteration begins with the first batch, also where the last one was broken off.
+    """
+
+    def __init__(self, loader: ShardedDataLoader, from_start: bool):
+        self._loader, self._from_start = loader, from_start
         self.state_dict, self.load_state_dict, self.set_epoch = (
             loader.state_dict,
             loader.load_state_dict,
@@ -49,6 +52,8 @@ class Batches:
         )
 
     def __iter__(self) -> Iterator[ShardedBatch]:
+        if self._from_start:
+            self._loader.load_state_dict({**self._loader.state_dict(), "epoch": 0, "cursor": 0})
         return iter(self._loader)
 
     def __len__(self) -> int:
@@ -213,7 +218,7 @@ class ForecastDataModule(LightningDataModule):
             **self._read,  # type: ignore[arg-type]
         )
         self._loaders.append(loader)
-        return Batches(loader)
+        return Batches(loader, from_start=not shuffle)
 
     @property
     def strategy(self) -> DDPGroupStrategy:

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 import shardio
 from shardio.errors import DatasetError, OutputError, PlanError
 from trainer.forecast import Forecast
-from trainer.forecaster import Forecaster
+from trainer.forecaster import Forecaster, known_or_mean
 
 ABOUT = "shardio.json"  # the extra file of a .pt2
 TRACED = 2  # batch and members of the example: a size of 1 would be taken for the only one
@@ -60,7 +60,7 @@ class Step(nn.Module):
 
     def forward(self, fields: Tensor) -> Tensor:
         """[batch, input time, ensemble, cells, inputs] -> [batch, ensemble, cells, outputs], both float32."""
-        state = torch.nan_to_num((fields.to(self.mean.dtype) - self.mean) / self.stdev, nan=0.0)
+        state = known_or_mean((fields.to(self.mean.dtype) - self.mean) / self.stdev)
         return self.forecaster.denormalise(self.forecaster(state)).float()
 
 

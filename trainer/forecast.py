@@ -28,9 +28,9 @@ from shardio import Dataset, Partition, open_dataset
 from shardio.dates import format_step, parse_start, parse_step
 from shardio.errors import DatasetError, PlanError, SelectionError
 from shardio.partition import balanced, partition
-from trainer.assembly import Place, assemble_graph
+from trainer.assembly import Place, assemble_graph, grid_digest
 from trainer.checkpoint import load as load_checkpoint
-from trainer.forecaster import Forecaster, Roles
+from trainer.forecaster import Forecaster, Roles, known_or_mean
 from trainer.graph import GraphOptions
 from trainer.model import ModelOptions
 
@@ -167,7 +167,7 @@ class Forecast:
             forcings = self._read(date if changes else initial, roles.forcings, members)
             fields = torch.cat([prognostic, forcings], dim=-1)
         places = roles.places(roles.inputs)
-        return torch.nan_to_num((fields.to(model.mean.dtype) - model.mean[places]) / model.stdev[places], nan=0.0)
+        return known_or_mean((fields.to(model.mean.dtype) - model.mean[places]) / model.stdev[places])
 
     def _read(self, date: np.datetime64, names: tuple[str, ...], members: int | None) -> Tensor:
         """[ensemble, cells/M, variables] of a date of the dataset, on the device."""
@@ -244,6 +244,11 @@ def check_variables(trained: Trained, dataset: Dataset) -> None:
         raise DatasetError(
             f"the model was trained on {', '.join(lacking)} too, which the dataset lacks: it has "
             f"{', '.join(dataset.variables)}. Give a dataset with all variables of the training."
+        )
+    if trained.about.get("grid", grid_digest(dataset)) != grid_digest(dataset):
+        raise DatasetError(
+            f"the model was trained on another grid than that of this dataset, {dataset.shape[3]} cells. Give a "
+            "dataset on the grid of the training; the order of its cells does not matter."
         )
 
 

@@ -114,7 +114,7 @@ class Forecaster(nn.Module):
 
     def first_state(self, fields: Tensor) -> Tensor:
         """From normalised fields whose first times are the input; what is NaN there becomes the mean."""
-        return torch.nan_to_num(fields[:, : self.input_steps, ..., self._inputs], nan=0.0)
+        return known_or_mean(fields[:, : self.input_steps, ..., self._inputs])
 
     def forward(self, state: Tensor) -> Tensor:
         """One step: [batch, input time, ensemble, cells/M, inputs] -> [batch, ensemble, cells/M, outputs]."""
@@ -130,7 +130,7 @@ class Forecaster(nn.Module):
 
         Args: state; prediction; fields: [batch, ensemble, cells/M, variables], normalised, of the time predicted.
         """
-        forcings = torch.nan_to_num(fields[..., self._forcings], nan=0.0)
+        forcings = known_or_mean(fields[..., self._forcings])
         newest = torch.cat([prediction[..., : len(self.roles.prognostic)], forcings], dim=-1)
         return torch.cat([state[:, 1:], newest[:, None]], dim=1)
 
@@ -147,3 +147,8 @@ class Forecaster(nn.Module):
             yield prediction, then[..., self._outputs]
             if step + 1 < steps:
                 state = self.next_state(state, prediction, then)
+
+
+def known_or_mean(normalised: Tensor) -> Tensor:
+    """Normalised fields, the mean (0) where they have no finite value."""
+    return torch.nan_to_num(normalised, nan=0.0, posinf=0.0, neginf=0.0)

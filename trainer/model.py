@@ -110,13 +110,15 @@ class EncodeProcessDecode(nn.Module):
         """The halo is fetched outside of what is computed again: nothing is sent twice."""
         links, heads = self.graph.processor, self.graph.heads
         (chunk,) = links.chunks
+        # Alike on all ranks: one that borrows nothing joins the messages of backward too.
+        exchanges = links.halo.ranks > 1 and heads is None
 
         def update(owned: Tensor, halo: Tensor) -> Tensor:
-            source = torch.cat([owned, halo], dim=1) if halo.shape[1] else owned
+            source = torch.cat([owned, halo], dim=1) if exchanges else owned
             updated: Tensor = block(source, owned, chunk, heads)
             return updated
 
-        halo = owned[:, :0] if heads else fetch(owned, links.halo)
+        halo = fetch(owned, links.halo) if exchanges else owned[:, :0]
         updated: Tensor = maybe_checkpoint(self.options.checkpointing, update, owned, halo)
         return updated
 

@@ -13,7 +13,7 @@ from torch import Tensor
 import shardio
 from shardio.dates import format_step
 from shardio.errors import DatasetError, PlanError
-from trainer.assembly import Place, assemble_areas, assemble_forecaster, assemble_graph, assemble_loss
+from trainer.assembly import Place, assemble_areas, assemble_forecaster, assemble_graph, assemble_loss, grid_digest
 from trainer.curves import SKILL
 from trainer.data import Batch, ForecastDataModule
 from trainer.forecaster import Forecaster, Roles
@@ -134,7 +134,7 @@ class ForecastModule(LightningModule):
         assert self.forecaster is not None
         steps = self.rollout.steps(self.current_epoch)
         self._check_input(batch, steps)
-        fields = self.forecaster.normalise(batch.fields)
+        fields = self.forecaster.normalise(batch.fields[:, : self.forecaster.input_steps + steps])
         losses = [self.loss(*pair) for pair in self.forecaster.rollout(fields, steps)]
         loss = torch.stack([one.value for one in losses]).mean()
         if not torch.isfinite(loss):
@@ -205,29 +205,39 @@ class ForecastModule(LightningModule):
     # -------------------------------------------------------------------------------------------------- checkpoints
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """What a forecast needs to know beyond the weights, and what a resumed run needs: plain values only."""
-        assert self.forecaster is not None
-        checkpoint["shardio"] = {
-            "version": shardio.__version__,
-            "variables": list(self.forecaster.roles.variables),
-            "forcings": list(self.forcings),
-            "diagnostics": list(self.diagnostics),
-            "input_steps": self.forecaster.input_steps,
-            "step_seconds": self.data.dataset.step,
-            "graph": asdict(self.graph_options),
-            "network": asdict(self.network_options),
-        }
+        checkpoint["shardio"] = self._about()
         checkpoint["random"] = torch.get_rng_state()
         checkpoint["samples_per_step"] = self.data.samples_per_step
+
+    def _about(self) -> dict[str, Any]:
+        dataset, roles = self.data.dataset, self.roles()
+        return {
+            "version": shardio.__version__,
+            "variables": list(roles.variables),
+            "forcings": list(self.forcings),
+            "diagnostics": list(self.diagnostics),
+            "input_steps": self.data.input_steps,
+            "step_seconds": dataset.step,
+            "graph": asdict(self.graph_options),
+            "network": asdict(self.network_options),
+            "grid": grid_digest(dataset),
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse weights of other variables; go on with the same random numbers, and at the same place in the data."""
         if "shardio" not in checkpoint:
             raise DatasetError("this checkpoint was not written by `trainer fit`. Give the path of one that was.")
-        found, expected = checkpoint["shardio"]["variables"], list(self.roles().variables)
-        if found != expected:
+        kept, now = checkpoint["shardio"], self._about()
+        changed = [
+            name
+            for name in ("variables", "forcings", "diagnostics", "input_steps", "step_seconds", "graph", "grid")
+            if name in kept and kept[name] != now[name]
+        ]
+        if changed:
+            name = changed[0]
             raise DatasetError(
-                f"the checkpoint was trained on {', '.join(found)}, the dataset gives {', '.join(expected)}. "
-                "Select the same variables with --data.select."
+                f"the checkpoint was trained with {name} {kept[name]}, this run has {now[name]}: its weights would "
+                "mean something else. Use the configuration and the grid that it was trained with."
             )
         if self.trainer.state.fn == TrainerFn.FITTING:
             torch.set_rng_state(checkpoint["random"].cpu())

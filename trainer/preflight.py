@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lightning import Trainer
 
-from shardio.errors import SelectionError
+from shardio.errors import PlanError, SelectionError
 from shardio.partition import balanced, partition
 from trainer.data import ForecastDataModule
 from trainer.forecaster import Roles
@@ -14,6 +14,8 @@ from trainer.heads import HeadExchange
 from trainer.loss import variable_weights
 from trainer.module import ForecastModule
 from trainer.strategy import DDPGroupStrategy
+
+HALF_PRECISIONS = ("bf16-true", "16-true")
 
 
 def check(trainer: Trainer, module: ForecastModule, data: ForecastDataModule) -> None:
@@ -30,6 +32,10 @@ def check(trainer: Trainer, module: ForecastModule, data: ForecastDataModule) ->
         )
     if dataset.step is None:
         raise SelectionError(f"the dataset has one date, {dataset.dates[0]}. Training needs two or more.")
+    if trainer.precision in HALF_PRECISIONS:
+        raise PlanError(
+            f"precision {trainer.precision} would keep fields in 16 bits, temperatures rounded to 2 K. Use bf16-mixed."
+        )
     data.check_windows(topology, module)
     if module.network_options.shard_strategy == "heads":
         cut = HeadExchange(None, 0, balanced(topology.model_size, topology.model_size))

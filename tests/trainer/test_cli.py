@@ -96,6 +96,7 @@ CANNOT_WORK = {
     "optimizer": (["--model.optimizer.name=adam"], "optimizer name 'adam' is unknown. Use one of: adamw, sgd."),
     "timeout": (["--strategy.timeout_seconds=0"], "timeout_seconds is 0.0. Use more than 0"),
     "save_every": (["--save_every=0"], "save_every is 0. Use 1 step or more."),
+    "half precision": (["--trainer.precision=bf16-true"], "would keep fields in 16 bits"),
     "strategy": (["--trainer.strategy=ddp"], "Set --strategy.num_gpus_per_model instead."),
     "checkpoint": (["--ckpt_path=my.ckpt"], "there is no checkpoint my.ckpt. Give the path of a .ckpt file"),
 }

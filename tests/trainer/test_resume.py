@@ -152,9 +152,17 @@ def test_epochs_of_few_batches_are_resumed_exactly(tmp_path):
     assert len(trace(resumed.output)) == 15
 
 
-def test_a_checkpoint_of_other_variables_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        ("--data.drop=[vo]", "variables ['psi', 'vo', 'u'"),
+        ("--model.forcings=[latitude,lsm]", "forcings ['lsm', 'latitude'], this run has ['latitude', 'lsm']"),
+        ("--data.frequency=12h", "step_seconds 21600, this run has 43200"),
+    ],
+)
+def test_a_checkpoint_whose_weights_would_mean_something_else_is_refused(tmp_path, change, name):
     fit(tmp_path, *tiny("--trainer.max_steps=1"))
-    run = Run(tmp_path, "fit", *tiny("--data.drop=[vo]", "--ckpt_path=last"))
+    run = Run(tmp_path, "fit", *tiny(change, "--ckpt_path=last"))
     assert run.wait() == [1]
-    assert run.errors.startswith("Error: the checkpoint was trained on psi, vo, u")
-    assert "Select the same variables with --data.select." in run.errors
+    assert run.errors.startswith(f"Error: the checkpoint was trained with {name}")
+    assert "Use the configuration and the grid that it was trained with." in run.errors
