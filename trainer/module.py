@@ -21,7 +21,7 @@ from trainer.graph import GraphOptions
 from trainer.loss import Loss, LossOptions
 from trainer.metrics import ErrorSums, Scores
 from trainer.model import ModelOptions
-from trainer.optimizer import OptimizerOptions, build_optimizer
+from trainer.optimizer import OptimizerOptions, build_optimizer, follow_batch
 
 
 @dataclass(frozen=True)
@@ -122,8 +122,12 @@ class ForecastModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         steps = int(self.trainer.estimated_stepping_batches)
-        effective = self.data.topology.effective_batch_size(self.data.batch_size) * self.trainer.accumulate_grad_batches
-        return build_optimizer(self.parameters(), self.optimizer_options, effective, steps)
+        return build_optimizer(self.parameters(), self.optimizer_options, self.effective_batch, steps)
+
+    @property
+    def effective_batch(self) -> int:
+        """Samples of one optimizer step, of all ranks."""
+        return self.data.samples_per_step * self.trainer.accumulate_grad_batches
 
     # --------------------------------------------------------------------------------------------------------- steps
     def on_train_epoch_start(self) -> None:
@@ -208,6 +212,7 @@ class ForecastModule(LightningModule):
         checkpoint["shardio"] = self._about()
         checkpoint["random"] = torch.get_rng_state()
         checkpoint["samples_per_step"] = self.data.samples_per_step
+        checkpoint["effective_batch"] = self.effective_batch
 
     def _about(self) -> dict[str, Any]:
         dataset, roles = self.data.dataset, self.roles()
@@ -242,6 +247,7 @@ class ForecastModule(LightningModule):
         if self.trainer.state.fn == TrainerFn.FITTING:
             torch.set_rng_state(checkpoint["random"].cpu())
             self._resume_data(checkpoint)
+            follow_batch(checkpoint, self.optimizer_options, checkpoint["effective_batch"], self.effective_batch)
 
     def _resume_data(self, checkpoint: dict[str, Any]) -> None:
         """Go on at the same sample. Lightning ends an epoch by count: count the batches that this topology makes."""

@@ -77,3 +77,23 @@ def build_optimizer(
         optimizer = torch.optim.SGD(parameters, lr=rate, momentum=options.momentum, weight_decay=options.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: options.factor(step, steps))
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def follow_batch(checkpoint: dict[str, Any], options: OptimizerOptions, before: int, now: int) -> None:
+    """Let a resumed run with another effective batch go on at the same part of the schedule, at the rate of its batch.
+
+    Args:
+      checkpoint: of Lightning; changed in place.
+      options: of the run.
+      before, now: effective batch of the checkpoint, and of the run.
+    """
+    if before == now:
+        return
+    rate = options.peak(now)
+    for schedule in checkpoint["lr_schedulers"]:
+        schedule["last_epoch"] = round(schedule["last_epoch"] * before / now)
+        schedule["base_lrs"] = [rate] * len(schedule["base_lrs"])
+    for optimizer in checkpoint["optimizer_states"]:
+        for group in optimizer["param_groups"]:
+            group["lr"] *= rate / group["initial_lr"]
+            group["initial_lr"] = rate

@@ -7,7 +7,7 @@ import torch
 from runs import fit, tiny, trace
 
 from shardio.errors import PlanError
-from trainer.optimizer import OptimizerOptions, build_optimizer
+from trainer.optimizer import OptimizerOptions, build_optimizer, follow_batch
 
 
 @pytest.mark.parametrize(("rule", "peak"), [("none", 0.1), ("linear", 1.6), ("sqrt", 0.4)])
@@ -61,6 +61,30 @@ def test_what_cannot_be_is_refused(wrong, words):
     with pytest.raises(PlanError) as raised:
         OptimizerOptions(**wrong)
     assert words in str(raised.value)
+
+
+def test_a_resumed_run_with_twice_the_batch_keeps_its_place_in_the_schedule():
+    options = OptimizerOptions(learning_rate=1.0, scaling="linear")
+
+    def parts(batch, steps):
+        made = build_optimizer([torch.nn.Parameter(torch.zeros(1))], options, batch, steps)
+        return made["optimizer"], made["lr_scheduler"]["scheduler"]
+
+    optimizer, schedule = parts(2, 100)
+    for _ in range(50):
+        optimizer.step()
+        schedule.step()
+    checkpoint = {"lr_schedulers": [schedule.state_dict()], "optimizer_states": [optimizer.state_dict()]}
+    follow_batch(checkpoint, options, before=2, now=4)
+    resumed, after = parts(4, 50)
+    resumed.load_state_dict(checkpoint["optimizer_states"][0])
+    after.load_state_dict(checkpoint["lr_schedulers"][0])
+    rates = [resumed.param_groups[0]["lr"]]
+    for _ in range(25):
+        resumed.step()
+        after.step()
+        rates.append(resumed.param_groups[0]["lr"])
+    assert rates == pytest.approx([4.0 * options.factor(step, 50) for step in range(25, 51)], abs=1e-12)
 
 
 def test_the_rate_of_each_step_is_logged(tmp_path):
