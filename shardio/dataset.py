@@ -130,13 +130,14 @@ class Dataset:
 
     def __getitem__(self, index: Any) -> NDArray[np.float32]:
         """NumPy semantics along all four axes; only the chunks that hold the answer are read."""
-        wanted = expand(index, len(self.shape))
+        wanted, dots = expand(index, len(self.shape))
         cuts, inner = zip(*(outer(item, n) for item, n in zip(wanted, self.shape, strict=True)), strict=True)
         self.check_present(cuts[0])
         values = np.empty(tuple(len(cut) for cut in cuts), np.float32)
         if values.size:
             self._read(cuts, values)
-        answer: NDArray[np.float32] = values[inner]
+        picked = inner if dots is None else (*inner[:dots], Ellipsis, *inner[dots:])
+        answer: NDArray[np.float32] = values[picked]
         return answer
 
     def check_present(self, dates: Sequence[int]) -> None:

@@ -8,15 +8,18 @@ from typing import Any
 import numpy as np
 
 
-def expand(index: Any, ndim: int) -> tuple[Any, ...]:
-    """One item per axis: an ellipsis and absent trailing axes become whole slices."""
+def expand(index: Any, ndim: int) -> tuple[tuple[Any, ...], int | None]:
+    """One item per axis: an ellipsis and absent trailing axes become whole slices; and where the ellipsis stood.
+
+    NumPy takes integers and lists on both sides of an ellipsis as apart, also where it stands for no axis.
+    """
     items = index if isinstance(index, tuple) else (index,)
     dots = [i for i, item in enumerate(items) if item is Ellipsis]
     if len(dots) > 1 or len(items) - len(dots) > ndim:
         raise IndexError(f"{len(items)} indices for the {ndim} axes date, variable, member, cell")
     at = dots[0] if dots else len(items)
     fill = (slice(None),) * (ndim - len(items) + len(dots))
-    return (*items[:at], *fill, *items[at + len(dots) :])
+    return (*items[:at], *fill, *items[at + len(dots) :]), at if dots else None
 
 
 def outer(item: Any, n: int) -> tuple[Sequence[int], Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numcodecs
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from shardio import open_dataset
@@ -98,6 +98,7 @@ def indices(draw):
 
 @settings(deadline=None)
 @given(index=indices())
+@example(index=(slice(None), 0, Ellipsis, 0, np.array([], np.int64)))
 def test_indexing_gives_what_numpy_gives(complete, index):
     try:
         expected = complete.values[index]
