@@ -7,6 +7,8 @@ A rank owns the edges that end at its nodes. Sources are global ids: those of ot
 
 Nothing but the two cuts depends on the number of ranks, bit for bit. To that end all cells are taken in the same
 blocks on every rank, distances are compared as this file computes them, and every rank asks the same KD-tree.
+Nor does the order of the cells in the dataset decide which edges there are: of equally near nodes or cells, the mesh
+and the places decide, never a number that follows that order.
 While it builds, a rank holds the hidden mesh and its processor edges whole, but the cells one block at a time.
 """
 
@@ -182,8 +184,10 @@ def _build(latitudes: Float64, longitudes: Float64, cells: Partition, rank: int,
     survey = _take_survey(near)
     kept = np.flatnonzero(survey.nearest >= 0)
     order = kept[np.lexsort((kept, survey.nearest[kept]))]
+    number = np.full(near.nodes.position.shape[0], -1)
+    number[order] = np.arange(order.size)
     _check_sizes(mesh, order.size, cells)
-    source, destination = _processor_pairs(mesh, near.nodes.position, order, options)
+    source, destination = _processor_pairs(mesh, near.nodes.position, number, options)
     processor_work = options.processor_layers * np.bincount(destination, minlength=order.size)
     bounds = equal_work(np.maximum(survey.feeding[order], 1) + processor_work, cells.ranks)
     hidden, mine, owned = near.nodes[order], slice(bounds[rank], bounds[rank + 1]), cells.cells(rank)
@@ -196,9 +200,9 @@ def _build(latitudes: Float64, longitudes: Float64, cells: Partition, rank: int,
         bounds,
         np.stack([latitudes[owned], longitudes[owned]], axis=1),
         np.stack([mesh.latitudes, mesh.longitudes], axis=1)[order[mine]],
-        _encoder(near, survey, order, mine),
+        _encoder(near, survey, number, mine),
         _edges(source[here], destination[here] - mine.start, features[here], mine),
-        _decoder(near, hidden.position, owned),
+        _decoder(near, number, owned),
     )
 
 
@@ -265,7 +269,7 @@ def _chord(angle: float) -> float:
 class _Survey:
     """What the cells mean to each node of the mesh, [nodes]."""
 
-    nearest: Int64  # the nearest cell, the first of several; -1 if none is near
+    nearest: Int64  # the nearest cell; -1 if none is near
     feeding: Int64  # cells that feed the node by cut-off or as their nearest
     first: Int64  # block with cells near the node
     last: Int64
@@ -273,64 +277,65 @@ class _Survey:
 
 def _take_survey(near: _Near) -> _Survey:
     nodes = len(near.nodes.position)
-    square, nearest, feeding = np.full(nodes, np.inf), np.full(nodes, -1), np.zeros(nodes, np.int64)
-    first, last = np.full(nodes, len(near.blocks)), np.full(nodes, -1)
+    feeding, first, last = np.zeros(nodes, np.int64), np.full(nodes, len(near.blocks)), np.full(nodes, -1)
+    nearest = np.full((nodes, 5), np.inf)  # square of the chord, place and number of the nearest cell: ties go by place
     for block in near.blocks:
-        pairs = near.pairs(near.cells(block).position, block)
+        position = near.cells(block).position
+        pairs = near.pairs(position, block)
         feeding += np.bincount(pairs.node[pairs.feeds], minlength=nodes)
-        ranking = np.lexsort((pairs.cell, pairs.square, pairs.node))
-        node, place = np.unique(pairs.node[ranking], return_index=True)
-        best = ranking[place]
-        first[node], last[node] = np.minimum(first[node], block), block
-        closer = pairs.square[best] < square[node]
-        node, best = node[closer], best[closer]
-        square[node], nearest[node] = pairs.square[best], pairs.cell[best]
-    return _Survey(nearest, feeding, first, last)
+        met = np.unique(pairs.node)
+        first[met], last[met] = np.minimum(first[met], block), block
+        place = position[pairs.cell - block * BLOCK_CELLS]
+        rivals = np.concatenate([nearest[met], np.column_stack([pairs.square, place, pairs.cell])])
+        ranking = np.lexsort((*rivals.T[::-1], np.concatenate([met, pairs.node])))
+        rivals_of = np.bincount(np.searchsorted(met, pairs.node)) + 1
+        nearest[met] = rivals[ranking[np.cumsum(rivals_of) - rivals_of]]
+    cell = np.where(last >= 0, nearest[:, -1], -1.0).astype(np.int64)
+    return _Survey(cell, feeding, first, last)
 
 
-def _encoder(near: _Near, survey: _Survey, order: Int64, mine: slice) -> Edges:
-    """Pairs that feed the nodes order[mine]; a node that none feeds is fed by its nearest cell."""
-    number = np.full(len(near.nodes.position), -1)
-    number[order[mine]] = np.arange(mine.stop - mine.start)
-    blocks = range(survey.first[order[mine]].min(), survey.last[order[mine]].max() + 1)
+def _encoder(near: _Near, survey: _Survey, number: Int64, mine: slice) -> Edges:
+    """Pairs that feed my hidden nodes; a node that none feeds is fed by its nearest cell."""
+    owned = (number >= mine.start) & (number < mine.stop)
+    blocks = range(survey.first[owned].min(), survey.last[owned].max() + 1)
     found: list[tuple[Int64, Int64, Float64]] = []
     for block in blocks:
         position = near.cells(block).position
         pairs = near.pairs(position, block)
         feeds = pairs.feeds | ((survey.feeding[pairs.node] == 0) & (survey.nearest[pairs.node] == pairs.cell))
-        chosen = feeds & (number[pairs.node] >= 0)
+        chosen = feeds & owned[pairs.node]
         cell, node = pairs.cell[chosen], pairs.node[chosen]
         features = near.nodes[node].towards(position[cell - block * BLOCK_CELLS]) / near.spacing
-        found.append((cell, number[node], features))
+        found.append((cell, number[node] - mine.start, features))
     source, destination, features = (np.concatenate(parts) for parts in zip(*found, strict=True))
     return _edges(source, destination, features, mine)
 
 
-def _decoder(near: _Near, hidden: Float64, owned: slice) -> Edges:
-    """From the nearest hidden nodes, at hidden [hidden, 3], to each owned cell."""
-    tree, neighbours = cKDTree(hidden), np.arange(1, min(DECODER_NEIGHBOURS, len(hidden)) + 1)
+def _decoder(near: _Near, number: Int64, owned: slice) -> Edges:
+    """From the nearest hidden nodes to each owned cell."""
+    node = np.flatnonzero(number >= 0)
+    tree, neighbours = cKDTree(near.nodes.position[node]), np.arange(1, min(DECODER_NEIGHBOURS, node.size) + 1)
     found: list[tuple[Int64, Float64]] = []
     for block in range(owned.start // BLOCK_CELLS, math.ceil(owned.stop / BLOCK_CELLS)):
         start = block * BLOCK_CELLS
         cells = near.cells(block)[max(owned.start - start, 0) : owned.stop - start]
-        source = np.sort(tree.query(cells.position, k=neighbours)[1], axis=1).ravel()
+        source = node[tree.query(cells.position, k=neighbours)[1].ravel()]
         cell = np.repeat(np.arange(len(cells.position)), neighbours.size)
-        found.append((source, cells[cell].towards(hidden[source]) / near.spacing))
+        found.append((number[source], cells[cell].towards(near.nodes.position[source]) / near.spacing))
     source, features = (np.concatenate(parts) for parts in zip(*found, strict=True))
     return _edges(source, np.repeat(np.arange(owned.stop - owned.start), neighbours.size), features, owned)
 
 
 # ---------------------------------------------------------------------------------------------- hidden nodes and cuts
-def _processor_pairs(mesh: Mesh, nodes: Float64, order: Int64, options: GraphOptions) -> tuple[Int64, Int64]:
+def _processor_pairs(mesh: Mesh, nodes: Float64, number: Int64, options: GraphOptions) -> tuple[Int64, Int64]:
     """Source and destination [processor edges], of all ranks."""
     if options.processor == "knn":
-        if order.size == 1:
+        node = np.flatnonzero(number >= 0)
+        if node.size == 1:
             return np.empty(0, np.int64), np.empty(0, np.int64)
-        neighbours = np.arange(2, min(options.neighbours, order.size - 1) + 2)  # the nearest is the node itself
-        source = cKDTree(nodes[order]).query(nodes[order], k=neighbours)[1]
-        return source.ravel(), np.repeat(np.arange(order.size), neighbours.size)
-    number = np.full(len(nodes), -1)
-    number[order] = np.arange(order.size)
+        neighbours = np.arange(2, min(options.neighbours, node.size - 1) + 2)  # the nearest is the node itself
+        source = cKDTree(nodes[node]).query(nodes[node], k=neighbours)[1]
+        return number[node[source.ravel()]], np.repeat(number[node], neighbours.size)
     levels = mesh.levels if options.processor == "multiscale" else mesh.levels[-1:]
     source, destination = number[np.concatenate(levels, axis=1)]
     kept = (source >= 0) & (destination >= 0)

@@ -113,6 +113,29 @@ def test_union_over_ranks_is_the_one_rank_graph_bit_for_bit(grid: Callable[[], G
         assert all(np.array_equal(a, b) for a, b in zip(coordinates(many), coordinates(one), strict=True))
 
 
+def named(graph: Graph, part: str, cell: np.ndarray) -> np.ndarray:
+    """[edges, 5], sorted: both ends under names that no order of the cells changes, and the features."""
+    edges = getattr(graph, part)
+    _, node = np.unique(graph.hidden_coordinates, axis=0, return_inverse=True)
+    source = (cell if part == "encoder" else node)[edges.source]
+    destination = (cell if part == "decoder" else node)[edges.destination]
+    rows = np.column_stack([source, destination, edges.features])
+    return rows[np.lexsort((source, destination))]
+
+
+@every_case
+@pytest.mark.parametrize("order", ["shuffled", "backwards"])
+def test_the_order_of_the_cells_decides_no_edge(grid: Callable[[], Grid], options: GraphOptions, order: str) -> None:
+    """Symmetric grids have cells as near to one hidden node as to another, and nodes as near to one another."""
+    latitudes, longitudes = grid()
+    native = np.arange(latitudes.size)
+    cell = native[::-1] if order == "backwards" else np.random.default_rng(7).permutation(latitudes.size)
+    (graph,) = build(grid, options)
+    other = build_graph(latitudes[cell], longitudes[cell], partition(cell.size, 1, cell.size), 0, options)
+    for part in PARTS:
+        assert np.array_equal(named(graph, part, native), named(other, part, cell)), part
+
+
 @pytest.mark.parametrize("grid", [scattered, from_north_to_south])
 def test_cells_in_several_blocks_make_the_same_graph_as_in_one(grid: Callable[[], Grid]) -> None:
     options = GraphOptions("o12", cutoff=1.0)

@@ -21,9 +21,9 @@ def in_order(source: str | Path, path: Path, order: str) -> str:
     return str(path)
 
 
-@pytest.fixture(scope="module", params=["irregular", "limited-area"])
+@pytest.fixture(scope="module", params=["octahedral", "regular", "irregular", "limited-area"])
 def grid(request: pytest.FixtureRequest) -> str:
-    """Without cells as near to one hidden node as to another: the graph then takes the first, in whatever order."""
+    """The first two have cells as near to one hidden node as to another."""
     return request.param
 
 
