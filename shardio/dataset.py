@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shardio.dates import Dates, between, format_step, frequency_seconds, parse_step
+from shardio.dates import Dates, between, format_step, frequency_seconds, parse_step, spellings
 from shardio.errors import DatasetError, SelectionError
 from shardio.indexing import expand, outer
 from shardio.job import refuse_unfinished
@@ -111,10 +111,12 @@ class Dataset:
         return {name: about[stored[name]] for name in variables if about.get(stored[name])}
 
     def statistics_tendencies(self, delta: str | None = None) -> dict[str, NDArray[np.float64]]:
-        """Statistics of the change over `delta` (default: the frequency), float64 [variable] by name."""
-        prefix = f"statistics_tendencies_{delta or self.frequency}_"
-        tables = [{name: _extra(origin, prefix + name) for name in NAMES} for origin in self._needed_origins()]
-        return _by_variable(self._needed_origins(), tables, self._stored_names)
+        """Statistics of the change over `delta` (default: the frequency), float64 [variable] by name.
+
+        SelectionError where the dataset has none for exactly that time, be it written as 24h or as 1d.
+        """
+        origins, seconds = self._needed_origins(), parse_step(delta or str(self.frequency))
+        return _by_variable(origins, [_tendencies(origin, seconds) for origin in origins], self._stored_names)
 
     def _needed_origins(self) -> list[AnemoiSource]:
         """Those that have the statistics of a variable that no earlier one has."""
@@ -303,12 +305,14 @@ def _by_variable(
     return {key: np.array([values[name] for name in names]) for key, values in found.items()}
 
 
-def _extra(source: AnemoiSource, name: str) -> NDArray[Any]:
-    values = {extra.name: extra.values for extra in source.extras}
-    if name not in values:
-        have = ", ".join(sorted(key for key in values if "tendencies" in key)) or "none"
-        raise SelectionError(f"{source.path} has no {name}. It has: {have}.")
-    return values[name]
+def _tendencies(source: AnemoiSource, seconds: int) -> dict[str, NDArray[Any]]:
+    have = sorted(name for name in source.extra_names() if "tendencies" in name)
+    for delta in spellings(seconds):
+        names = {name: f"statistics_tendencies_{delta}_{name}" for name in NAMES}
+        if set(names.values()) <= set(have):
+            return {name: source.required(stored, len(source.variables)) for name, stored in names.items()}
+    wanted = f"statistics_tendencies_{format_step(seconds)}_{NAMES[0]}"
+    raise SelectionError(f"{source.path} has no {wanted}. It has: {', '.join(have) or 'none'}.")
 
 
 def _cut(indices: Sequence[int]) -> slice | tuple[int, ...]:

@@ -12,6 +12,7 @@ from shardio.errors import DatasetError, SelectionError
 
 _WRITTEN = re.compile(r"\d{4}(-\d\d(-\d\d([T ]\d\d(:\d\d(:\d\d)?)?)?)?)?Z?")
 Dates = NDArray[np.datetime64]
+UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}  # seconds
 
 
 def parse_start(text: str) -> np.datetime64:
@@ -83,12 +84,14 @@ def parse_step(text: str) -> int:
     match = re.fullmatch(r"\s*(\d+)\s*([dhms])\s*", str(text))
     if not match or int(match[1]) == 0:
         raise SelectionError(f"{text!r} is not a step in time. Write 6h, 1d, 30m or 45s.")
-    return int(match[1]) * {"d": 86400, "h": 3600, "m": 60, "s": 1}[match[2]]
+    return int(match[1]) * UNITS[match[2]]
 
 
 def format_step(seconds: int) -> str:
     """86400 -> "1d", 21600 -> "6h", 1800 -> "30m"."""
-    for unit, size in (("d", 86400), ("h", 3600), ("m", 60)):
-        if seconds % size == 0:
-            return f"{seconds // size}{unit}"
-    return f"{seconds}s"
+    return spellings(seconds)[0]
+
+
+def spellings(seconds: int) -> list[str]:
+    """86400 -> ["1d", "24h", "1440m", "86400s"]: versions of anemoi-datasets differ in which of them they write."""
+    return [f"{seconds // size}{unit}" for unit, size in UNITS.items() if seconds % size == 0]

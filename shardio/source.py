@@ -140,7 +140,7 @@ class AnemoiSource:
         self.attributes = group_attributes(store)
         self.data_attributes = group_attributes(store, "data")
         names = self._variable_names()
-        every_date = self._required("dates", self.layout.shape[0]).astype("datetime64[s]")
+        every_date = self.required("dates", self.layout.shape[0]).astype("datetime64[s]")
         check_increasing(every_date, self.path)
         self._dates = between(every_date, selection.start, selection.end, self.path)
         self._variables = selection.variables(names, self.path)
@@ -148,8 +148,8 @@ class AnemoiSource:
         self.dates = every_date[self._dates.start : self._dates.stop]
         self.missing = self.dates[np.isin(self.dates, self._listed_missing())]
         cells = self.layout.shape[3]
-        self.latitudes = self._required("latitudes", cells).astype(np.float64)
-        self.longitudes = self._required("longitudes", cells).astype(np.float64)
+        self.latitudes = self.required("latitudes", cells).astype(np.float64)
+        self.longitudes = self.required("longitudes", cells).astype(np.float64)
         self.statistics = self._statistics()
         self._cut = as_cut(self._variables)
         self.extent = _extent_of(self.layout, self._dates, self._variables)
@@ -159,7 +159,7 @@ class AnemoiSource:
 
     @cached_property
     def extras(self) -> tuple[Extra, ...]:
-        return tuple(self._extra(name) for name in self._extra_names())
+        return tuple(self._extra(name) for name in self.extra_names())
 
     @property
     def rows(self) -> range:
@@ -257,7 +257,8 @@ class AnemoiSource:
         except Exception as error:  # zarr has no exception of its own for damaged chunks
             raise DatasetError(f"{self.path}/{name} cannot be read: {error}") from error
 
-    def _required(self, name: str, length: int) -> NDArray[Any]:
+    def required(self, name: str, length: int) -> NDArray[Any]:
+        """All values of one of the small arrays; DatasetError where it has not this length."""
         values = self.array(name)
         if values is None or values.shape != (length,):
             found = "is absent" if values is None else f"has shape {list(values.shape)}"
@@ -272,7 +273,8 @@ class AnemoiSource:
         kept = {name: values[index].astype(np.float64) for name, values in found.items() if values is not None}
         return kept if len(kept) == len(NAMES) else None
 
-    def _extra_names(self) -> list[str]:
+    def extra_names(self) -> list[str]:
+        """Of `extras`, without reading them."""
         if not isinstance(self._store, LocalStore):
             return consolidated_names(self._store)
         known = {"data", "dates", "latitudes", "longitudes", "shardio_crc32c", *NAMES}

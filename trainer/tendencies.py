@@ -11,6 +11,7 @@ from shardio import Dataset
 from shardio.errors import SelectionError
 
 MOST_PAIRS = 32
+SEED = 0  # of the pairs drawn: every rank, and every run, draws the same
 
 
 def relative_tendencies(
@@ -18,7 +19,8 @@ def relative_tendencies(
 ) -> NDArray[np.float64]:
     """Standard deviation of the change over one step, in standard deviations of the variable; 1 for constants.
 
-    Taken from up to 32 pairs of neighbouring dates, evenly spread; every rank reads its own cells. NaN is left out.
+    The dataset's own statistics of exactly this step, where it has them (`statistics_tendencies_6h_*`); else those of
+    up to 32 pairs of neighbouring dates.
 
     Args:
       dataset: the training dates.
@@ -27,14 +29,24 @@ def relative_tendencies(
       device: on which the group communicates.
     Returns: [variables] float64, the same on all ranks.
     """
-    seconds = np.diff(dataset.dates).astype("timedelta64[s]").astype(np.int64)
-    whole = ~dataset.is_missing
-    first = np.flatnonzero((seconds == dataset.step) & whole[:-1] & whole[1:])
-    if first.size == 0:
-        raise SelectionError("no two neighbouring dates have data, so that no change can be learned. Use more dates.")
-    chosen = first[np.unique(np.linspace(0, first.size - 1, MOST_PAIRS).astype(int))]
+    try:
+        deviation = dataset.statistics_tendencies()["stdev"]
+    except SelectionError:  # it has none of this step
+        deviation = _sampled(dataset, cells, group, device)
+    stdev = dataset.statistics["stdev"]
+    relative = np.divide(deviation, stdev, out=np.zeros_like(stdev), where=stdev > 0.0)
+    return np.where(relative > 1e-6, relative, 1.0)
+
+
+def _sampled(
+    dataset: Dataset, cells: slice, group: dist.ProcessGroup | None, device: torch.device | str
+) -> NDArray[np.float64]:
+    """[variables] standard deviation of the change over a sample of pairs; every rank reads its own cells.
+
+    NaN is left out.
+    """
     sums = np.zeros((3, len(dataset.variables)))
-    for date in chosen.tolist():
+    for date in sampled_pairs(dataset).tolist():
         now, then = dataset[date : date + 2, :, :, cells].astype(np.float64)
         change = (then - now).reshape(len(dataset.variables), -1)
         known = np.isfinite(change)
@@ -45,7 +57,17 @@ def relative_tendencies(
         dist.all_reduce(total, group=group)
         sums = total.cpu().numpy()
     count = np.maximum(sums[0], 1.0)
-    deviation = np.sqrt(np.maximum(sums[2] / count - (sums[1] / count) ** 2, 0.0))
-    stdev = dataset.statistics["stdev"]
-    relative = np.divide(deviation, stdev, out=np.zeros_like(deviation), where=stdev > 0.0)
-    return np.where(relative > 1e-6, relative, 1.0)
+    return np.sqrt(np.maximum(sums[2] / count - (sums[1] / count) ** 2, 0.0))
+
+
+def sampled_pairs(dataset: Dataset) -> NDArray[np.int64]:
+    """Indices of the first dates of up to 32 pairs that are one step apart and not missing.
+
+    Drawn at random: evenly spread, they could all be of the same hour of the day, or the same season.
+    """
+    seconds = np.diff(dataset.dates).astype("timedelta64[s]").astype(np.int64)
+    whole = ~dataset.is_missing
+    first = np.flatnonzero((seconds == dataset.step) & whole[:-1] & whole[1:])
+    if first.size == 0:
+        raise SelectionError("no two neighbouring dates have data, so that no change can be learned. Use more dates.")
+    return np.sort(np.random.default_rng(SEED).choice(first, min(MOST_PAIRS, first.size), replace=False))

@@ -246,6 +246,8 @@ def test_tendencies_are_those_of_the_frequency_or_of_the_delta_asked_for(stored)
     found = daily.statistics_tendencies("24h")
     assert set(found) == {"mean", "stdev", "minimum", "maximum"}
     assert np.array_equal(found["stdev"], stored.statistics["statistics_tendencies_24h_stdev"])
+    assert np.array_equal(daily.statistics_tendencies("1d")["stdev"], found["stdev"])  # the same time
+    assert np.array_equal(open_dataset(stored.path, frequency="1d").statistics_tendencies()["stdev"], found["stdev"])
 
 
 def test_statistics_of_another_dataset_are_taken_by_name(folder, stored):

@@ -1,7 +1,16 @@
 import numpy as np
 import pytest
 
-from shardio.dates import between, check_increasing, format_step, frequency, parse_end, parse_start
+from shardio.dates import (
+    between,
+    check_increasing,
+    format_step,
+    frequency,
+    parse_end,
+    parse_start,
+    parse_step,
+    spellings,
+)
 from shardio.errors import DatasetError, SelectionError
 
 DATES = np.datetime64("2020-02-28T00:00:00", "s") + np.arange(12) * np.timedelta64(21600, "s")
@@ -62,3 +71,10 @@ def test_frequency_is_the_commonest_step():
     assert frequency(DATES[[0, 1, 2, 5, 6]]) == "6h"
     assert frequency(DATES[:1]) is None
     assert [format_step(s) for s in (86400, 172800, 3600, 1800, 45)] == ["1d", "2d", "1h", "30m", "45s"]
+
+
+def test_a_step_is_found_however_it_is_spelled():
+    assert spellings(86400) == ["1d", "24h", "1440m", "86400s"]
+    assert spellings(129600) == ["36h", "2160m", "129600s"]
+    assert spellings(45) == ["45s"]
+    assert {parse_step(text) for text in spellings(129600)} == {129600}

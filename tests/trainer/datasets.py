@@ -63,14 +63,14 @@ def values_of(cells: int, ensemble: int, dates: int = DATES) -> np.ndarray:
     return values.astype(np.float32)
 
 
-def write_dataset(path: Path, grid: str, ensemble: int = 1) -> str:
+def write_dataset(path: Path, grid: str, ensemble: int = 1, dates: int = DATES) -> str:
     """As anemoi-datasets lays it out, in grid-chunks."""
     places = grid_of(grid)
-    values = values_of(places.latitudes.size, ensemble)
+    values = values_of(places.latitudes.size, ensemble, dates)
     wide = np.moveaxis(values.astype(np.float64), 1, 0).reshape(len(VARIABLES), -1)
     arrays = {
         "data": values,
-        "dates": np.datetime64("2021-03-01T00:00:00", "s") + np.arange(DATES) * np.timedelta64(21600, "s"),
+        "dates": np.datetime64("2021-03-01T00:00:00", "s") + np.arange(dates) * np.timedelta64(21600, "s"),
         "latitudes": places.latitudes,
         "longitudes": places.longitudes,
         "mean": np.nanmean(wide, axis=1),
