@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
 from collections import deque
@@ -17,6 +16,7 @@ from shardio.errors import SelectionError
 from shardio.loader import ShardedDataLoader
 from shardio.reader import NativeReader
 from shardio.reading import Reading
+from shardio.threads import cores
 from shardio.topology import Topology
 
 Json = dict[str, Any]
@@ -51,7 +51,7 @@ def measure(path: str, ranks: int, rounds: int = ROUNDS, most_dates: int = 16) -
         "ranks": ranks,
         "dates": len(dates),
         "grid_chunks": reading.grid_chunks,
-        "cores": os.cpu_count(),
+        "cores": cores(),
         "bytes_per_rank": [
             {"rank": rank, "needed": _needed(dataset, reading, rank), "read": _read(dataset, reading, rank)}
             for rank in range(ranks)
@@ -94,7 +94,7 @@ def _limit(reader: NativeReader, rows: list[int], chunks: range) -> Callable[[],
     layout, codec = reader.layout, reader.layout.codec
     assert codec is not None
     ring = np.zeros((PREFETCH, len(chunks), *layout.chunks), layout.dtype)
-    pool = ThreadPoolExecutor(os.cpu_count())
+    pool = ThreadPoolExecutor(cores())
 
     def one(job: tuple[int, int, int]) -> None:
         turn, row, place = job

@@ -22,7 +22,7 @@ from shardio.reading import Reading, within
 from shardio.redistribute import check_group, redistribute
 from shardio.ring import Lease, Piece, Recycler, Ring
 from shardio.sampler import Position, ReadGroupSampler, Sample, valid_starts
-from shardio.threads import Threads
+from shardio.threads import Threads, cores
 from shardio.topology import Topology
 
 MOST_LOCAL_THREADS = 8
@@ -259,7 +259,7 @@ def _threads(dataset: Dataset) -> int:
     if any(not isinstance(part.source.reader, NativeReader) for part in dataset.parts):
         return REMOTE_THREADS
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, min(MOST_LOCAL_THREADS, len(os.sched_getaffinity(0)) // ranks_here))
+    return max(1, min(MOST_LOCAL_THREADS, cores() // ranks_here))
 
 
 def _tell_cost(reading: Reading) -> None:

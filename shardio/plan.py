@@ -9,7 +9,6 @@ or pieces touch are read again each time: that is the read amplification.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
@@ -18,6 +17,7 @@ import numpy as np
 
 from shardio.errors import PlanError
 from shardio.layout import ArrayLayout
+from shardio.threads import cores
 
 # Tasks smaller than this spend their time on overhead: several small dates share one.
 SMALLEST_TASK = 32 * 2**20
@@ -105,7 +105,7 @@ def make_plan(
     source: SourceExtent, target: ArrayLayout, max_memory: int, workers: int = 1, threads: int | None = None
 ) -> Plan:
     """Choose the cut that reads least within `max_memory` bytes (over all workers), then the one that overlaps most."""
-    threads = threads or max(1, (os.cpu_count() or 1) // workers)
+    threads = threads or max(1, cores() // workers)
     best_overlap = 2 + threads // 8
     cuts = list(_cuts(source, target, threads, best_overlap))
     fitting = [cut for cut in cuts if workers * cut.memory <= max_memory]

@@ -1,8 +1,9 @@
-"""Threads that read. They are daemons: a read that hangs in a file system or network never keeps Python from ending."""
+"""How many threads, and threads that read: daemons, as a read that hangs must never keep Python from ending."""
 
 from __future__ import annotations
 
 import atexit
+import os
 import threading
 import weakref
 from collections.abc import Callable
@@ -18,6 +19,11 @@ T = TypeVar("T")
 SECONDS_TO_END = 1.0
 
 Work = SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]
+
+
+def cores() -> int:
+    """That this process may use: a batch system often gives a job a few of a machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Threads(Executor):

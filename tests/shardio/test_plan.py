@@ -1,6 +1,7 @@
 """The plan against a count by hand, for every shape and chunking; and the memory of real runs against the plan."""
 
 import math
+import os
 import tracemalloc
 from dataclasses import replace
 
@@ -175,3 +176,14 @@ def test_peak_memory_does_not_grow_with_the_number_of_dates():
         return make_plan(extent(dates), grid_chunked((dates, 8, 1, 10_000), 16, 3, named("lz4")), AMPLE, 1, 2)
 
     assert plan(5_000).peak_memory == plan(50_000).peak_memory
+
+
+def test_a_job_that_was_given_one_core_plans_for_one():
+    source = SourceExtent((3, 2, 1, 60), (1, 2, 1, 60), 4, range(3), (0, 1))
+    target, allowed = grid_chunked(source.shape, 4, 2, named("lz4")), os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(allowed)})
+    try:
+        assert make_plan(source, target, AMPLE).threads == 1
+    finally:
+        os.sched_setaffinity(0, allowed)
+    assert make_plan(source, target, AMPLE).threads == len(allowed)

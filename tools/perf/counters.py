@@ -4,7 +4,7 @@ bytes_read     by the kernel's own count of what this process asked it to read: 
 opens          of files with fields, for reading and for writing
 messages       collectives that this rank took part in, and bytes_sent by them to other ranks
 flops          of matrix products, forward and backward
-peak_bytes     of living tensors (trainer/live_bytes.py)
+peak_bytes     of living tensors (trainer/live_bytes.py); of rechunking, of arrays and chunks (tracemalloc)
 allocations    of tensors
 """
 

@@ -5,8 +5,10 @@ Training and forecasting take the trainer's own parts, without Lightning around 
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -16,8 +18,9 @@ import torch
 import torch.distributed as dist
 
 from shardio import Dataset, ShardedDataLoader, Topology, open_dataset
+from shardio.output import begin_data
 from shardio.partition import Partition, partition
-from shardio.rechunk import prepare, run
+from shardio.rechunk import execute_here, prepare, run
 from tools.perf.counters import Counters, stored
 from tools.perf.grids import FORCINGS, HOURS, Site
 from trainer import predict
@@ -103,7 +106,25 @@ class Rechunk:
         return clock.split
 
     def outcome(self) -> Counters:
-        return stored(self._output) | {"tasks": self._tasks}
+        peak = {"peak_bytes": self._peak_bytes()} if self._scheduler is None else {}
+        return stored(self._output) | {"tasks": self._tasks} | peak
+
+    def _peak_bytes(self) -> int:
+        """Of arrays and of chunks while fields are copied, on one core: with more cores there are more at a time."""
+        allowed = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, {min(allowed)})
+        prepared, folder = prepare(self._site.request(self._output)), self._output.with_suffix(".peak")
+        begin_data(folder, prepared.layout, {})
+        tracemalloc.start()
+        try:
+            for _ in execute_here(
+                prepared.source, prepared.layout, prepared.plan, folder / "data", list(prepared.plan.tasks), sync=False
+            ):
+                pass
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+            os.sched_setaffinity(0, allowed)
 
 
 class Rank:
