@@ -89,7 +89,7 @@ def predict(sizes: Sizes, precision: str, ranks: int, every: bool = False) -> di
     network = ModelOptions(
         sizes.channels, sizes.layers, sizes.heads, 4, sizes.num_chunks, sizes.checkpointing, sizes.shard_strategy
     )
-    roles = Roles(names, names[: sizes.forcings])
+    roles = Roles(names, names[: sizes.forcings], allow_nan=names[len(names) - sizes.lacking :])
     settings = {"network": network, "optimizer": OptimizerOptions(), "precision": precision}
     job = Job(roles, sizes.input_steps, sizes.rollout, sizes.batch, **settings)
     others = [rank for rank in range(ranks) if every and rank != cut.largest]

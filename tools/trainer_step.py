@@ -40,6 +40,7 @@ class Sizes:
     heads: int = 8
     variables: int = 20
     forcings: int = 2
+    lacking: int = 0  # without a value in some cells, the last ones
     input_steps: int = 2
     batch: int = 1
     rollout: int = 1
@@ -88,7 +89,7 @@ class Step:
         sharded = shard_graph(self.graph, group, "cpu", dtype, sizes.num_chunks, sizes.shard_strategy)
         names = tuple(f"v{number}" for number in range(sizes.variables))
         statistics = {"mean": np.zeros(len(names)), "stdev": np.ones(len(names))}
-        roles = Roles(names, forcings=names[: sizes.forcings])
+        roles = Roles(names, names[: sizes.forcings], allow_nan=names[len(names) - sizes.lacking :])
         options = ModelOptions(
             sizes.channels, sizes.layers, sizes.heads, 4, sizes.num_chunks, sizes.checkpointing, sizes.shard_strategy
         )

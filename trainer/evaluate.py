@@ -3,7 +3,8 @@
 Every rank reads its own cells of forecasts and truth and adds up weighted sums; one all-reduce of a few numbers per
 variable and lead time makes the scores of the globe. No field is gathered.
 
-  weights         true areas of the cells; cells where the truth has no value do not count
+  weights         true areas of the cells; cells where the truth has no value do not count, nor those without a value
+                  at the initial date, which have none in the forecast either
   averages        over cells, members and initial dates together: squares first, roots last
   persistence     the initial field, at every lead time
   climatology     mean of each cell over up to 64 dates, spread over the period given; anomalies are departures from it
@@ -125,8 +126,8 @@ def evaluate(
             given = dataset[lead, :, :, cells]  # [variables, ensemble, cells/M]
             for r, reference in enumerate((reader.truth(date, dataset.shape[2]), reader.exact(date))):
                 if reference is not None:
-                    sums[:, 0, r, lead] += _sums(given, reference, usual, areas)
                     there = np.where(np.isfinite(initial), reference, np.nan)  # else there is nothing to persist
+                    sums[:, 0, r, lead] += _sums(given, np.where(np.isnan(given), there, reference), usual, areas)
                     sums[:, 1, r, lead] += _sums(initial, there, usual, areas)
     if group is not None:
         total = torch.from_numpy(sums)

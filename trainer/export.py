@@ -4,7 +4,8 @@
     compile_program("model.pt2")      AOTInductor: model.aoti.pt2, machine code for this kind of processor; for C++
 
 fields    [batch, input time, ensemble, cells, prognostic + forcing]    in; NaN is taken as the mean, as in training
-forecast  [batch, ensemble, cells, prognostic + diagnostic]             out, one step after the last input time
+forecast  [batch, ensemble, cells, prognostic + diagnostic]             out, one step after the last input time, and NaN
+                                                                        where a variable in `lacking` is NaN there
 
 Prognostic variables come first on both sides: the next input is the last one without its oldest time, and with the
 forecast of them and the forcings of the time forecast behind it.
@@ -31,7 +32,7 @@ from torch import Tensor, nn
 import shardio
 from shardio.errors import DatasetError, OutputError, PlanError
 from trainer.forecast import Forecast
-from trainer.forecaster import Forecaster, known_or_mean
+from trainer.forecaster import Forecaster, known_or_mean, put, without_value
 
 ABOUT = "shardio.json"  # the extra file of a .pt2
 TRACED = 2  # batch and members of the example: a size of 1 would be taken for the only one
@@ -61,7 +62,9 @@ class Step(nn.Module):
     def forward(self, fields: Tensor) -> Tensor:
         """[batch, input time, ensemble, cells, inputs] -> [batch, ensemble, cells, outputs], both float32."""
         state = known_or_mean((fields.to(self.mean.dtype) - self.mean) / self.stdev)
-        return self.forecaster.denormalise(self.forecaster(state)).float()
+        forecast = self.forecaster.denormalise(self.forecaster(state)).float()
+        places = self.forecaster.lacking
+        return put(torch.nan, forecast, places, without_value(fields[:, -1], places))
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,7 @@ def describe(forecast: Forecast) -> dict[str, Any]:
         "prognostic": list(roles.prognostic),
         "forcings": list(roles.forcings),
         "diagnostics": list(roles.diagnostics),
+        "lacking": list(roles.lacking),
         "input_steps": trained.input_steps,
         "step_seconds": trained.step,
         "cells": dataset.shape[3],

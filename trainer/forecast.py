@@ -6,6 +6,8 @@ for lead in forecast.run("2020-02-10", "120h"):
 
 Every step starts from what the last one gave in the units of the dataset, in float32, which is what is stored: a
 forecast that goes on from stored fields gives the same bits as one that was never interrupted.
+
+A cell that is absent at the initial date (forecaster.py) is NaN at every lead time.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from shardio import Dataset, Partition, open_dataset
@@ -30,7 +33,7 @@ from shardio.errors import DatasetError, PlanError, SelectionError
 from shardio.partition import balanced, partition
 from trainer.assembly import Place, assemble_graph, grid_digest
 from trainer.checkpoint import load as load_checkpoint
-from trainer.forecaster import Forecaster, Roles, known_or_mean
+from trainer.forecaster import Forecaster, Roles, known_or_mean, put, without_value
 from trainer.graph import GraphOptions
 from trainer.model import ModelOptions
 
@@ -86,7 +89,8 @@ class Lead:
       number: of steps since the initial date, from 1.
       date: datetime64[s], valid time.
       cells: that this rank owns.
-      fields: float32 [ensemble, cells/M, prognostic + diagnostic], in the units of the dataset.
+      fields: float32 [ensemble, cells/M, prognostic + diagnostic], in the units of the dataset; NaN where a cell had no
+        value at the initial date.
     """
 
     number: int
@@ -141,48 +145,71 @@ class Forecast:
     def _steps(
         self, initial: np.datetime64, numbers: range, members: int | None, known: Callable[[int], Tensor] | None
     ) -> Iterator[Lead]:
-        inputs, prognostic = self.trained.input_steps, len(self.trained.roles.prognostic)
-        seen: deque[Tensor] = deque(maxlen=inputs)  # of the last dates, each [ensemble, cells/M, inputs]
-        for number in range(numbers.start - inputs, numbers.start):
-            fields = known(number).to(self.place.device) if known and number > 0 else None
-            seen.append(self._see(initial, number, members, fields))
+        model, prognostic = self.forecaster, len(self.trained.roles.prognostic)
+        seen, absent = self._start(initial, numbers.start, members, known)
         for number in numbers:
             with torch.no_grad():
                 state = torch.stack(tuple(seen))[None]  # [1, time, ensemble, cells/M, inputs]
-                fields = self.forecaster.denormalise(self.forecaster(state)[0]).float()
+                fields = model.denormalise(model(state)[0]).float()
             date = self._date(initial, number)
-            self._check_finite(fields, date, number)
-            yield Lead(number, date, self.place.owned, fields)
+            self._check_finite(fields, absent, date, number)
+            yield Lead(number, date, self.place.owned, put(torch.nan, fields, model.lacking, absent))
             if number + 1 < numbers.stop:
-                seen.append(self._see(initial, number, members, fields[..., :prognostic]))
+                seen.append(self._normalise(self._given(initial, number, members, fields[..., :prognostic])))
 
-    def _see(self, initial: np.datetime64, number: int, members: int | None, prognostic: Tensor | None) -> Tensor:
-        """[ensemble, cells/M, inputs], what the model sees at a lead time: what is not forecast yet is read."""
-        model, roles = self.forecaster, self.trained.roles
-        date = self._date(initial, number)
+    def _start(
+        self, initial: np.datetime64, first: int, members: int | None, known: Callable[[int], Tensor] | None
+    ) -> tuple[deque[Tensor], list[Tensor]]:
+        """What the model sees before the first step, each [ensemble, cells/M, inputs]; and which cells are absent."""
+        inputs = self.trained.input_steps
+        seen: deque[Tensor] = deque(maxlen=inputs)
+        for number in range(first - inputs, first):
+            fields = known(number).to(self.place.device) if known and number > 0 else None
+            given = self._given(initial, number, members, fields)
+            seen.append(self._normalise(given))
+        return seen, without_value(given, self.forecaster.lacking)
+
+    def _given(self, initial: np.datetime64, number: int, members: int | None, prognostic: Tensor | None) -> Tensor:
+        """[ensemble, cells/M, inputs] of a lead time, in the units of the dataset: what is not forecast yet is read."""
+        roles, date = self.trained.roles, self._date(initial, number)
         if prognostic is None:
-            fields = self._read(date, roles.inputs, members)
-        else:
-            changes = self.trained.changing_forcings(self.dataset)
-            forcings = self._read(date if changes else initial, roles.forcings, members)
-            fields = torch.cat([prognostic, forcings], dim=-1)
+            return self._read(date, roles.inputs, members)
+        changes = self.trained.changing_forcings(self.dataset)
+        forcings = self._read(date if changes else initial, roles.forcings, members)
+        return torch.cat([prognostic, forcings], dim=-1)
+
+    def _normalise(self, given: Tensor) -> Tensor:
+        """What the model sees of it."""
+        model, roles = self.forecaster, self.trained.roles
         places = roles.places(roles.inputs)
-        return known_or_mean((fields.to(model.mean.dtype) - model.mean[places]) / model.stdev[places])
+        return known_or_mean((given.to(model.mean.dtype) - model.mean[places]) / model.stdev[places])
 
     def _read(self, date: np.datetime64, names: tuple[str, ...], members: int | None) -> Tensor:
         """[ensemble, cells/M, variables] of a date of the dataset, on the device."""
         at, places = _find(self.dataset, date), [self.dataset.variables.index(name) for name in names]
         fields = self.dataset[at : at + 1, places, slice(0, members), self.place.owned][0]
+        self._check_given(fields, names, date)
         return torch.from_numpy(fields).permute(1, 2, 0).to(self.place.device)
 
     def _date(self, initial: np.datetime64, number: int) -> np.datetime64:
         date: np.datetime64 = initial + np.timedelta64(number * self.trained.step, "s")
         return date
 
-    def _check_finite(self, fields: Tensor, date: np.datetime64, number: int) -> None:
+    def _check_given(self, fields: NDArray[np.float32], names: tuple[str, ...], date: np.datetime64) -> None:
+        """What stops the training stops a forecast: in other variables no cell was ever without a value."""
+        for name, field in zip(names, fields, strict=True):
+            if name in self.trained.roles.allow_nan or np.isfinite(field.sum(dtype=np.float64)):  # no memory
+                continue
+            raise DatasetError(
+                f"{name} of {date} is not finite in {int((~np.isfinite(field)).sum())} of the {field.shape[-1]} cells "
+                "of this rank, and the model was trained on values in all cells. Give a dataset that has them, or "
+                "train with the variable in --model.allow_nan."
+            )
+
+    def _check_finite(self, fields: Tensor, absent: list[Tensor], date: np.datetime64, number: int) -> None:
         if torch.isfinite(fields.sum()):  # one pass, no memory
             return
-        wrong = (~torch.isfinite(fields)).sum(dim=(0, 1))
+        wrong = put(False, ~torch.isfinite(fields), self.forecaster.lacking, absent).sum(dim=(0, 1))
         for name, count in zip(self.variables, wrong.tolist(), strict=True):
             if count:
                 raise PlanError(
@@ -215,7 +242,8 @@ def read_trained(path: str | Path) -> Trained:
     about = checkpoint.get("shardio")
     if about is None:
         raise DatasetError(f"{path} is no checkpoint of `trainer fit`. Give one from the folder checkpoints of a run.")
-    roles = Roles(tuple(about["variables"]), tuple(about["forcings"]), tuple(about["diagnostics"]))
+    may_lack = about.get("allow_nan", about["variables"])  # before it was noted, all that are given may lack values
+    roles = Roles(*map(tuple, (about["variables"], about["forcings"], about["diagnostics"], may_lack)))
     prefix, state = "forecaster.", checkpoint["state_dict"]
     weights = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     with open(path, "rb") as file:

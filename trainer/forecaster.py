@@ -3,6 +3,10 @@
 fields      [batch, time, ensemble, cells/M, variables]   of the dataset, in its units
 state       [batch, input time, ensemble, cells/M, prognostic + forcing]    normalised
 prediction  [batch, ensemble, cells/M, prognostic + diagnostic]             normalised
+
+A cell that has no value of a prognostic variable at the last input time (sea surface temperature over land) is absent:
+it gets none from the network, and is the mean in every later state. Otherwise the network, which no target corrects
+there, would feed itself on what it makes up. Where the target or an earlier input time has no value changes nothing.
 """
 
 from __future__ import annotations
@@ -28,15 +32,17 @@ class Roles:
       variables: of the dataset, in its order.
       forcings: known at all times, given to the model, not forecast.
       diagnostics: forecast, not given to the model.
-      All others are prognostic: given and forecast.
+      allow_nan: without a value in some cells.
+      All but forcings and diagnostics are prognostic: given and forecast.
     """
 
     variables: tuple[str, ...]
     forcings: tuple[str, ...] = ()
     diagnostics: tuple[str, ...] = ()
+    allow_nan: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for role in ("forcings", "diagnostics"):
+        for role in ("forcings", "diagnostics", "allow_nan"):
             unknown = [name for name in getattr(self, role) if name not in self.variables]
             if unknown:
                 raise SelectionError(
@@ -63,6 +69,11 @@ class Roles:
         """Forecast, in the order of `prediction`."""
         return self.prognostic + self.diagnostics
 
+    @property
+    def lacking(self) -> tuple[str, ...]:
+        """Prognostic, and without a value in some cells."""
+        return tuple(name for name in self.prognostic if name in self.allow_nan)
+
     def places(self, names: Sequence[str]) -> list[int]:
         """Where those variables are in the dataset."""
         return [self.variables.index(name) for name in names]
@@ -79,6 +90,9 @@ class Forecaster(nn.Module):
       input_steps: dates that the model is given.
       options: of the network.
       graph: this rank's part.
+
+    Attributes:
+      lacking: places of the variables that some cells have no value of, in state and prediction.
     """
 
     mean: Tensor
@@ -103,6 +117,7 @@ class Forecaster(nn.Module):
         self.network = EncodeProcessDecode(options, input_steps * len(roles.inputs), len(roles.outputs), graph)
         self._inputs, self._forcings = roles.places(roles.inputs), roles.places(roles.forcings)
         self._outputs = roles.places(roles.outputs)
+        self.lacking = [roles.prognostic.index(name) for name in roles.lacking]
 
     def normalise(self, fields: Tensor) -> Tensor:
         """Fields of all variables, in standard deviations from the mean."""
@@ -138,15 +153,29 @@ class Forecaster(nn.Module):
         """Forecast step after step, each from the last.
 
         Args: fields: [batch, input_steps + steps, ensemble, cells/M, variables], normalised.
-        Yields: prediction and target, [batch, ensemble, cells/M, outputs], normalised.
+        Yields: prediction and target, [batch, ensemble, cells/M, outputs], normalised; in cells that are absent the
+          mean, and NaN.
         """
         state = self.first_state(fields)
+        absent = without_value(fields[:, self.input_steps - 1], self.roles.places(self.roles.lacking))
         for step in range(steps):
-            prediction = self(state)
+            prediction = put(0.0, self(state), self.lacking, absent)
             then = fields[:, self.input_steps + step]
-            yield prediction, then[..., self._outputs]
+            yield prediction, put(torch.nan, then[..., self._outputs], self.lacking, absent)
             if step + 1 < steps:
                 state = self.next_state(state, prediction, then)
+
+
+def without_value(fields: Tensor, places: Sequence[int]) -> list[Tensor]:
+    """Where those variables have no finite value: of each, bool [..., cells/M]."""
+    return [~torch.isfinite(fields[..., place]) for place in places]
+
+
+def put(value: float, fields: Tensor, places: Sequence[int], where: Sequence[Tensor]) -> Tensor:
+    """Put a value into those variables, in place, where each is to have it. No gradient goes back from there."""
+    for place, cells in zip(places, where, strict=True):
+        fields[..., place].masked_fill_(cells, value)
+    return fields
 
 
 def known_or_mean(normalised: Tensor) -> Tensor:

@@ -56,8 +56,8 @@ class ForecastModule(LightningModule):
     Args:
       forcings: variables given to the model at all times, not forecast.
       diagnostics: variables forecast, not given to the model.
-      allow_nan: variables that may be NaN: not counted in the loss, and the mean for the model. NaN in any other
-        variable stops the training.
+      allow_nan: variables that may be NaN: not counted in the loss, and the mean for the model; a prognostic one that
+        is NaN at the last input time stays so. NaN in any other variable stops the training.
       graph: hidden mesh and edges.
       network: size of the model.
       loss: how errors are weighed.
@@ -104,7 +104,7 @@ class ForecastModule(LightningModule):
 
     def roles(self) -> Roles:
         """Of the dataset's variables."""
-        return Roles(self.data.dataset.variables, self.forcings, self.diagnostics)
+        return Roles(self.data.dataset.variables, self.forcings, self.diagnostics, self.allow_nan)
 
     def configure_model(self) -> None:
         """Build this rank's part of the graph, and the model on it: now the ranks know one another."""
@@ -221,6 +221,7 @@ class ForecastModule(LightningModule):
             "variables": list(roles.variables),
             "forcings": list(self.forcings),
             "diagnostics": list(self.diagnostics),
+            "allow_nan": list(self.allow_nan),
             "input_steps": self.data.input_steps,
             "step_seconds": dataset.step,
             "graph": asdict(self.graph_options),

@@ -124,7 +124,7 @@ def plan_of(options: Namespace) -> Planner:
     """From options to a planner."""
     model, data = options.model, options.data
     field, names, ensemble = _field(options)
-    roles = Roles(names, tuple(model.forcings or ()), tuple(model.diagnostics or ()))
+    roles = Roles(names, *(tuple(given or ()) for given in (model.forcings, model.diagnostics, model.allow_nan)))
     loss = LossOptions(**model.loss.as_dict())
     variable_weights(roles.outputs, loss, dict.fromkeys(roles.outputs, 1.0))
     job = Job(
@@ -178,9 +178,8 @@ def _field(options: Namespace) -> tuple[Field, tuple[str, ...], int]:
 def _names(options: Namespace) -> tuple[str, ...]:
     """Names that the configuration knows, and as many more as it takes."""
     model, data = options.model, options.data
-    known = list(dict.fromkeys([*(data.select or []), *(model.forcings or []), *(model.diagnostics or [])]))
-    weighed = [name for name in model.loss.variable_weights if name not in known]
-    known += weighed
+    named = (data.select, model.forcings, model.diagnostics, model.loss.variable_weights, model.allow_nan)
+    known = list(dict.fromkeys(name for names in named for name in names or ()))
     wanted = len(known) if options.variables is None else options.variables
     if wanted < len(known):
         raise SelectionError(f"--variables is {wanted}, but the configuration names {len(known)}. Give all of them.")

@@ -124,6 +124,7 @@ def plan(
         "frequency": format_step(trained.step),
         "variables_metadata": dataset.variables_metadata(names),
         "uuid": "",  # of what it depends on
+        "allow_nans": not set(names).isdisjoint(roles.lacking),
         **_about_statistics(dataset),
         **({"resolution": dataset.resolution} if dataset.resolution else {}),
     }

@@ -23,13 +23,8 @@ def check(trainer: Trainer, module: ForecastModule, data: ForecastDataModule) ->
     assert isinstance(trainer.strategy, DDPGroupStrategy)
     topology, dataset = trainer.strategy.topology, data.dataset
     partition(dataset.shape[3], topology.model_size, dataset.chunk_cells)
-    roles = Roles(dataset.variables, module.forcings, module.diagnostics)
+    roles = Roles(dataset.variables, module.forcings, module.diagnostics, module.allow_nan)
     variable_weights(roles.outputs, module.loss_options, dict.fromkeys(roles.outputs, 1.0))
-    unknown = [name for name in module.allow_nan if name not in roles.variables]
-    if unknown:
-        raise SelectionError(
-            f"allow_nan {', '.join(unknown)} are not in the dataset. It has: {', '.join(roles.variables)}."
-        )
     if dataset.step is None:
         raise SelectionError(f"the dataset has one date, {dataset.dates[0]}. Training needs two or more.")
     if trainer.precision in HALF_PRECISIONS:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from runs import fit
 
 from shardio import open_dataset
@@ -64,6 +65,18 @@ def write_forecast(
 
 def read_all(path: Path) -> np.ndarray:
     return open_dataset(path)[:]
+
+
+def relative(a: np.ndarray, b: np.ndarray, axes: tuple[int, ...]) -> float:
+    """Largest difference over the largest value, of each variable; infinite unless both lack the same values."""
+    if not np.array_equal(np.isnan(a), np.isnan(b)):
+        return np.inf
+    return float((np.nanmax(np.abs(a - b), axis=axes) / np.nanmax(np.abs(b), axis=axes)).max())
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Of float32, NaN too."""
+    return torch.equal(a.contiguous().view(torch.int32), b.contiguous().view(torch.int32))
 
 
 def tree(folder: Path) -> dict[str, bytes]:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,7 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from datasets import FORCINGS, VARIABLES
+import xarray
+from datasets import FORCINGS, MASKED, VARIABLES
 from forecasting import trained
 from ranks import group_of
 from runs import Run
@@ -34,7 +36,11 @@ def path(dataset_of: Callable[..., str]) -> str:
 
 @pytest.fixture(scope="module")
 def forecasts(tmp_path_factory: pytest.TempPathFactory, path: str) -> list[str]:
-    """Of three dates: random numbers, as forecasts of `trainer predict` hold them."""
+    """Of three dates: random numbers, as forecasts of `trainer predict` hold them.
+
+    Where the initial field has no value the first member has none, as of what is prognostic; the second has one, as of
+    a diagnostic.
+    """
     from shardio import Description, ShardedWriter
 
     folder, truth, random = tmp_path_factory.mktemp("forecasts"), open_dataset(path), np.random.default_rng(0)
@@ -54,11 +60,12 @@ def forecasts(tmp_path_factory: pytest.TempPathFactory, path: str) -> list[str]:
             {"forecast": {"initial_date": start}},
         )
         initial = truth[int(np.searchsorted(truth.dates, first)), places]
+        initial[:, 1] = np.nan_to_num(initial[:, 1], nan=280.0)
         paths.append(str(folder / f"{start.replace(':', '')}.zarr"))
         with ShardedWriter(paths[-1], about, {}, range(5), sync=False) as writer:
             for lead in range(LEADS):
                 noise = random.standard_normal(initial.shape) * truth.statistics["stdev"][places][:, None, None]
-                writer.put(lead, (np.nan_to_num(initial, nan=280.0) + 0.3 * noise).astype(np.float32))
+                writer.put(lead, (initial + 0.3 * noise).astype(np.float32))
     return paths
 
 
@@ -111,6 +118,22 @@ def test_scores_are_those_of_the_definition_on_the_full_grid(scores: Scores, for
     assert scores.climatology == ("2021-03-01T00:00:00", "2021-03-01T18:00:00", 4)
     assert scores.hours == (6.0, 12.0, 18.0, 24.0)
     assert np.isnan(scores.rmse[:, 1]).all(), "no exact solution is known"
+
+
+def test_a_forecast_that_loses_a_value_has_no_score(forecasts: list[str], path: str, tmp_path: Path) -> None:
+    """It is not taken for a cell that never had one."""
+    import zarr
+
+    shutil.copytree(forecasts[0], tmp_path / "f.zarr")
+    data = zarr.open_group(tmp_path / "f.zarr", mode="r+")["data"]
+    truth = open_dataset(path)[4:6, VARIABLES.index(MASKED), 0]
+    cell = int(np.isfinite(truth).all(axis=0).argmax())
+    before = evaluate([tmp_path / "f.zarr"], open_dataset(path)).rmse[0, 0]
+    data[0, 1, 0, cell] = np.nan
+    after = evaluate([tmp_path / "f.zarr"], open_dataset(path)).rmse[0, 0]
+    assert np.isfinite(before).all()
+    assert np.argwhere(np.isnan(after)).tolist() == [[0, 1]]
+    assert np.array_equal(after[1:], before[1:])
 
 
 def evaluate_on(
@@ -229,6 +252,12 @@ def test_predict_evaluates_and_exports_what_is_there(
         one for one in rows if (one["variable"], one["lead_hours"], one["method"]) == ("t_850", "24.0", "forecast")
     ]
     assert float(row["rmse"]) == pytest.approx(scores.rmse[0, 0, 3, 0], rel=1e-12)
+    with xarray.open_dataset(folder / "2021-03-02T0000.nc") as found:
+        stored = open_dataset(folder / "2021-03-02T0000.zarr")
+        for name in stored.variables:
+            values = stored[:, stored.name_to_index[name]]
+            assert np.isnan(values).any() == (name == MASKED)
+            assert np.array_equal(found[name].values, values, equal_nan=True)
     names = {file.name for file in folder.iterdir()}
     assert names >= {"scores.csv", "skill.png", "maps.png", "2021-03-02T0000.nc", "2021-03-03T0000.nc"}
     process = Run(tmp_path, "predict", *given, "--evaluate", "--json")

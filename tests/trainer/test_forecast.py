@@ -1,5 +1,6 @@
 """Forecasts are the model's, whatever the number of ranks, and go on exactly from what is known."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from datasets import DIAGNOSTICS, FORCINGS, VARIABLES, values_of
-from forecasting import START, forecast, trained
+import zarr
+from datasets import DIAGNOSTICS, FORCINGS, MASKED, VARIABLES, values_of
+from forecasting import START, forecast, relative, same_bits, trained
 
 import trainer
 from shardio import open_dataset
@@ -20,6 +22,7 @@ STEPS = 20
 LEAD_TIME = "120h"
 FIRST = 4  # START is the fifth date
 OUTPUTS = Roles(VARIABLES, FORCINGS, DIAGNOSTICS).outputs
+AXES = (0, 1, 2)  # all but the variables
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +45,9 @@ def on(run: Callable[..., list[Any]], ranks: int, checkpoint: Path, path: str) -
     return np.concatenate(run(forecast, [more] * ranks), axis=2)
 
 
-def relative(a: np.ndarray, b: np.ndarray) -> float:
-    """Largest difference over the largest value, of each variable; the last digit of what is stored is 6e-8 of it."""
-    axes = (0, 1, 2)
-    return float((np.abs(a - b).max(axis=axes) / np.abs(b).max(axis=axes)).max())
+def absent() -> torch.Tensor:
+    """[ensemble, cells], where MASKED has no value at START."""
+    return torch.from_numpy(values_of(208, 2)[FIRST, VARIABLES.index(MASKED)]).isnan()
 
 
 def test_forecasts_of_1_to_4_ranks_agree_after_20_steps(
@@ -53,27 +55,92 @@ def test_forecasts_of_1_to_4_ranks_agree_after_20_steps(
 ) -> None:
     alone = on(run, 1, checkpoint, path)
     assert alone.shape == (STEPS, 2, 208, len(OUTPUTS))
-    assert alone.std(axis=0).min() > 0.0, "something does not change with time"
+    there = ~np.isnan(alone[0])
+    assert np.array_equal(there[..., OUTPUTS.index(MASKED)], ~absent().numpy())
+    assert alone.std(axis=0)[there].min() > 0.0, "something does not change with time"
     for ranks in (2, 3, 4):
-        assert relative(on(run, ranks, checkpoint, path), alone) < 1e-5
+        assert relative(on(run, ranks, checkpoint, path), alone, AXES) < 1e-5
 
 
 def test_forecasts_in_double_precision_agree_to_rounding_of_what_is_stored(
     run: Callable[..., list[Any]], precise: Path, path: str
 ) -> None:
     alone = on(run, 1, precise, path)
-    assert relative(on(run, 3, precise, path), alone) < 3e-7
+    assert relative(on(run, 3, precise, path), alone, AXES) < 3e-7
 
 
 def test_a_forecast_is_the_steps_of_the_model_one_after_the_other(checkpoint: Path, path: str) -> None:
-    """But that training keeps the normalised state, and a forecast the stored one, which differ in the last digit."""
+    """But that training keeps the normalised state, and a forecast the stored one, differing in the last digit (6e-8).
+
+    And a cell without a value is the mean there, and NaN here.
+    """
     steps, model = 8, trainer.load(checkpoint, path)
     found = torch.stack([lead.fields for lead in model.run(START, "48h")])
     forecaster, values = model.forecaster, torch.from_numpy(values_of(208, 2))
     fields = forecaster.normalise(values[FIRST - 1 : FIRST + steps + 1].permute(0, 2, 3, 1)[None])
     with torch.no_grad():
-        rolled = [forecaster.denormalise(prediction[0]) for prediction, _ in forecaster.rollout(fields, steps)]
-    assert relative(found.numpy(), torch.stack(rolled).numpy()) < 1e-5
+        rolled = torch.stack([forecaster.denormalise(one[0]) for one, _ in forecaster.rollout(fields, steps)])
+    masked = rolled[..., OUTPUTS.index(MASKED)]
+    assert (masked[:, absent()] == forecaster.mean[VARIABLES.index(MASKED)]).all()
+    masked[:, absent()] = torch.nan
+    assert relative(found.numpy(), rolled.numpy(), AXES) < 1e-5
+
+
+def test_a_cell_without_an_initial_value_never_gets_one_whatever_the_network_says(checkpoint: Path, path: str) -> None:
+    """No other value of 20 lead times depends on its answer there; and in every state it is the mean."""
+    model, place, states = load(checkpoint, path), OUTPUTS.index(MASKED), []
+    expected = [lead.fields for lead in model.run(START, LEAD_TIME)]
+    for fields in expected:
+        assert torch.equal(fields[..., place].isnan(), absent())
+        assert torch.isfinite(fields[..., [p for p in range(len(OUTPUTS)) if p != place]]).all()
+
+    def more(_: Any, __: Any, answer: torch.Tensor) -> torch.Tensor:
+        answer[..., place][absent()] += 1e30 if len(states) % 2 else torch.inf
+        return answer
+
+    model.forecaster.network.register_forward_hook(more)
+    model.forecaster.register_forward_pre_hook(lambda _, given: states.append(given[0]))
+    for lead in model.run(START, LEAD_TIME):
+        assert same_bits(lead.fields, expected[lead.number - 1])
+    assert len(states) == STEPS
+    for state in states:
+        assert (state[0, -1, ..., place][absent()] == 0.0).all()
+
+
+def test_what_is_not_finite_elsewhere_is_still_refused(checkpoint: Path, path: str) -> None:
+    """Of a variable that other cells lack."""
+    model, place = load(checkpoint, path), OUTPUTS.index(MASKED)
+
+    def more(_: Any, __: Any, answer: torch.Tensor) -> torch.Tensor:
+        answer[..., place] += torch.nan
+        return answer
+
+    model.forecaster.network.register_forward_hook(more)
+    wrong = int((~absent()).sum())
+    with pytest.raises(PlanError, match=f"forecast of sst for 2021-03-02T06.*not finite in {wrong} of the 208 cells"):
+        next(model.run(START, LEAD_TIME))
+
+
+@pytest.mark.parametrize(("name", "date"), [("q_500", FIRST - 1), ("sun", FIRST + 1)])
+def test_values_that_are_lacking_where_the_training_had_them_are_refused(
+    checkpoint: Path, path: str, tmp_path: Path, name: str, date: int
+) -> None:
+    other = tmp_path / "other.zarr"
+    shutil.copytree(path, other)
+    zarr.open_group(other, mode="r+")["data"][date, VARIABLES.index(name), :, 17:20] = np.nan
+    with pytest.raises(DatasetError, match=rf"{name} of 2021-03-0.T.* is not finite in 6 of the 208.*model.allow_nan"):
+        list(load(checkpoint, str(other)).run(START, "24h"))
+
+
+def test_an_older_checkpoint_does_not_say_which_variables_lack_values(
+    checkpoint: Path, path: str, tmp_path: Path
+) -> None:
+    """Then all may; a cell without a value stays without one."""
+    saved = torch.load(checkpoint, weights_only=True)
+    assert saved["shardio"].pop("allow_nan") == [MASKED]
+    torch.save(saved, tmp_path / "older.ckpt")
+    ours, theirs = (load(one, path).run(START, "24h") for one in (checkpoint, tmp_path / "older.ckpt"))
+    assert all(same_bits(a.fields, b.fields) for a, b in zip(ours, theirs, strict=True))
 
 
 def test_lead_times_have_their_dates_and_cells(checkpoint: Path, path: str) -> None:
@@ -92,30 +159,26 @@ def test_going_on_from_known_fields_gives_the_same_bits(checkpoint: Path, path: 
     whole = [lead.fields for lead in model.run(START, LEAD_TIME)]
     rest = model.run(START, LEAD_TIME, after=after, known=lambda number: whole[number - 1][..., :prognostic])
     for lead in rest:
-        assert torch.equal(lead.fields, whole[lead.number - 1])
+        assert same_bits(lead.fields, whole[lead.number - 1])
         after += 1
     assert after == STEPS
 
 
 def test_forcings_are_read_at_the_valid_time(checkpoint: Path, path: str, tmp_path: Path) -> None:
     """The same forecast from a dataset whose forcing `sun` is another from the seventh date on."""
-    import shutil
-
-    import zarr
-
     other = tmp_path / "other.zarr"
     shutil.copytree(path, other)
     data = zarr.open_group(other, mode="r+")["data"]
     data[FIRST + 2 :, VARIABLES.index("sun")] += 500.0
     ours, theirs = ([lead.fields for lead in load(checkpoint, one).run(START, "24h")] for one in (path, str(other)))
-    equal = [torch.equal(a, b) for a, b in zip(ours, theirs, strict=True)]
+    equal = [same_bits(a, b) for a, b in zip(ours, theirs, strict=True)]
     assert equal == [True, True, False, False]
 
 
 def test_variables_may_be_in_another_order_among_others(checkpoint: Path, path: str) -> None:
     turned = open_dataset(path, select=list(reversed(VARIABLES)))
     ours, theirs = (next(load(checkpoint, one).run(START, "6h")).fields for one in (path, turned))
-    assert torch.equal(ours, theirs)
+    assert same_bits(ours, theirs)
 
 
 def test_a_dataset_of_finer_steps_is_read_at_the_models(tmp_path_factory: pytest.TempPathFactory, path: str) -> None:
@@ -126,7 +189,7 @@ def test_a_dataset_of_finer_steps_is_read_at_the_models(tmp_path_factory: pytest
         for dataset in (path, open_dataset(path, frequency="12h"))
     )
     assert len(ours) == 4
-    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert all(same_bits(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,8 @@ def _loop(path: str) -> tuple[Weights, list[float]]:
     options = ModelOptions(8, 2, 2, checkpointing=False)
     graph = assemble_graph(dataset, place, grid_of("octahedral").graph, options)
     torch.manual_seed(5)
-    model = assemble_forecaster(dataset, place, Roles(dataset.variables, FORCINGS, DIAGNOSTICS), INPUTS, options, graph)
+    roles = Roles(dataset.variables, FORCINGS, DIAGNOSTICS, (MASKED,))
+    model = assemble_forecaster(dataset, place, roles, INPUTS, options, graph)
     loss = assemble_loss(model, assemble_areas(dataset, place), LossOptions(tendency_scaling=True), place)
     built = build_optimizer(model.parameters(), OptimizerOptions("sgd", learning_rate=0.3, warmup_steps=1), 4, STEPS)
     loader = ShardedDataLoader(

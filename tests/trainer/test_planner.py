@@ -37,6 +37,7 @@ CASES: list[tuple[int, Sizes, str]] = [
     (1, replace(SIZES, checkpointing=True, num_chunks=4), "32-true"),
     (2, replace(SIZES, batch=3, rollout=2), "32-true"),
     (4, replace(SIZES, batch=2, rollout=3, checkpointing=True, num_chunks=2), "32-true"),
+    (2, replace(SIZES, rollout=3, lacking=2, checkpointing=True), "32-true"),
     (4, replace(SIZES, shard_strategy="heads"), "32-true"),
     (2, replace(SIZES, dtype="float64"), "64-true"),
     (2, replace(LARGER, hidden="o24"), "bf16-mixed"),
@@ -217,6 +218,12 @@ def planned(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
     plan_cli.main([*WORDS, *words, "--json"])
     plan: dict[str, Any] = json.loads(capsys.readouterr().out)
     return plan
+
+
+def test_variables_that_may_lack_values_are_planned_as_such() -> None:
+    options = plan_cli.parse([*WORDS, "--grid=o16", "--model.allow_nan=[sst,a]"])
+    roles = plan_cli.plan_of(options).job.roles
+    assert (len(roles.variables), roles.allow_nan, roles.lacking) == (9, ("sst", "a"), ("sst",))
 
 
 def test_the_smallest_group_that_fits_is_named(capsys: pytest.CaptureFixture[str]) -> None:

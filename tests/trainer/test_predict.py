@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from forecasting import START, forecast, place_of, read_all, trained, tree, write_forecast
+from datasets import MASKED, VARIABLES, values_of
+from forecasting import START, forecast, place_of, read_all, relative, trained, tree, write_forecast
 from runs import Run
 from watch import Watch, living_ids
 
@@ -31,6 +32,7 @@ from trainer.predict_cli import DESCRIPTION, build_parser
 NAME = "2021-03-02T0000.zarr"
 LEAD_TIME, STEPS = "120h", 20
 LONG = "240h"
+AXES = (0, 2, 3)  # all but the variables
 
 
 @pytest.fixture(scope="module")
@@ -70,12 +72,10 @@ def test_files_of_1_to_4_ranks_hold_the_same_values(written: dict[int, Path], tm
     recut = {}
     for ranks, output in written.items():
         rechunk(prepare(Request(str(output), str(tmp_path / f"{ranks}.zarr"), 7)))
-        assert np.array_equal(read_all(tmp_path / f"{ranks}.zarr"), read_all(output))
+        assert np.array_equal(read_all(tmp_path / f"{ranks}.zarr"), read_all(output), equal_nan=True)
         recut[ranks] = read_all(tmp_path / f"{ranks}.zarr")
-    axes = (0, 2, 3)
     for ranks in (2, 3, 4):
-        error = np.abs(recut[ranks] - recut[1]).max(axis=axes) / np.abs(recut[1]).max(axis=axes)
-        assert error.max() < 1e-5
+        assert relative(recut[ranks], recut[1], AXES) < 1e-5
 
 
 @pytest.mark.parametrize("ranks", [1, 3])
@@ -84,7 +84,31 @@ def test_what_is_written_is_what_the_model_forecasts(
 ) -> None:
     more = {"ranks": ranks, "checkpoint": checkpoint, "path": path, "lead_time": LEAD_TIME}
     fields = np.concatenate(run(forecast, [more] * ranks), axis=2)  # [lead times, ensemble, cells, variables]
-    assert np.array_equal(read_all(written[ranks]), fields.transpose(0, 3, 1, 2))
+    assert np.array_equal(read_all(written[ranks]), fields.transpose(0, 3, 1, 2), equal_nan=True)
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_cells_without_an_initial_value_are_nan_in_the_file_and_no_others(written: dict[int, Path], ranks: int) -> None:
+    """Of four ranks the first has none but such cells. Initial values are those of the fifth date."""
+    lacking = np.isnan(read_all(written[ranks]))
+    absent = np.isnan(values_of(208, 2)[4, VARIABLES.index(MASKED)])
+    assert 0.25 < absent.mean() < 0.4
+    for variable, name in enumerate(open_dataset(written[ranks]).variables):
+        assert (lacking[:, variable] == (absent if name == MASKED else False)).all()
+    assert verify.check(str(written[ranks])) == []
+
+
+@pytest.mark.parametrize(("names", "lacks"), [(["sst"], True), (["t_850", "tp"], False)])
+def test_the_dataset_says_whether_values_may_lack(
+    run: Callable[..., list[Any]], checkpoint: Path, path: str, tmp_path: Path, names: list[str], lacks: bool
+) -> None:
+    """Of one variable the first grid-chunk is NaN only, like a chunk that was never written."""
+    more = {"checkpoint": checkpoint, "path": path, "lead_time": "12h", "folder": tmp_path, "variables": names}
+    run(write_forecast, [{"ranks": 4, **more}] * 4)
+    output = tmp_path / NAME
+    assert json.loads((output / ".zattrs").read_text())["allow_nans"] is lacks
+    assert np.isnan(read_all(output)[..., :52]).all() == np.isnan(read_all(output)).any() == lacks
+    assert verify.check(str(output)) == []
 
 
 def test_the_same_ranks_write_the_same_bytes_again(
@@ -264,8 +288,7 @@ def test_a_run_killed_goes_on_on_fewer_ranks_to_the_same_values(
     assert process.wait() == [0] * after, process.errors
     assert json.loads(process.printed)["steps"] <= STEPS - 4
     found, expected = read_all(tmp_path / "forecasts" / NAME), read_all(uninterrupted)[:STEPS]
-    error = np.abs(found - expected).max(axis=(0, 2, 3)) / np.abs(expected).max(axis=(0, 2, 3))
-    assert error.max() < 1e-5
+    assert relative(found, expected, AXES) < 1e-5
 
 
 def test_more_ranks_than_chunks_cannot_go_on_and_are_told_so(checkpoint: Path, path: str, tmp_path: Path) -> None:

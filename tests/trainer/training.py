@@ -138,7 +138,7 @@ class Setup:
         options = ModelOptions(case.channels, LAYERS, 4, 2, case.num_chunks, case.checkpointing, case.shard_strategy)
         graph = assemble_graph(dataset, self.place, grid_of(case.grid).graph, options)
         torch.manual_seed(rank)  # ranks draw different weights: only the broadcast makes them equal
-        roles = Roles(dataset.variables, FORCINGS, DIAGNOSTICS)
+        roles = Roles(dataset.variables, FORCINGS, DIAGNOSTICS, (MASKED,) if case.masked else ())
         self.forecaster = assemble_forecaster(dataset, self.place, roles, INPUT_STEPS, options, graph)
         with torch.no_grad():
             for parameter in self.forecaster.parameters():  # biases of 0 and scales of 1 would hide what they do

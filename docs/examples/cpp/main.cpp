@@ -3,7 +3,7 @@
 //   step model.aoti.pt2 fields.f32 forecast.f32 [expected.f32]
 //
 // fields.f32    [input time, ensemble, cells, inputs]   units of the dataset, NaN where a field has no value
-// forecast.f32  [ensemble, cells, outputs]              units of the dataset
+// forecast.f32  [ensemble, cells, outputs]              units of the dataset, NaN where the last input time has none
 //
 // How many members there are follows from the size of the file; all else is in the model's metadata. With
 // expected.f32, a forecast made in Python, it ends with 1 unless no variable differs by more than 1e-6 of its largest
@@ -57,6 +57,7 @@ double difference(const at::Tensor& forecast, const std::vector<float>& expected
   const float* values = forecast.data_ptr<float>();
   std::vector<double> apart(size, 0.0), largest(size, 0.0);
   for (size_t i = 0; i < expected.size(); ++i) {
+    if (std::isnan(values[i]) && std::isnan(expected[i])) continue;  // no value there
     const double gap = std::abs(static_cast<double>(values[i]) - expected[i]);
     if (!(gap < INFINITY)) return INFINITY;  // not finite on one side
     apart[i % size] = std::max(apart[i % size], gap);
