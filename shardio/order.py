@@ -74,9 +74,10 @@ def cell_order(source: Source) -> Int64 | None:
     found = source.array(CELL_ORDER) if isinstance(source, AnemoiSource) else None
     if found is None:
         return None
-    if found.dtype.kind != "i" or not np.array_equal(np.sort(found), np.arange(len(source.latitudes))):
+    cells = source.extent.shape[3]
+    if found.dtype.kind != "i" or not np.array_equal(np.sort(found), np.arange(cells)):
         raise DatasetError(
-            f"{source.path}/{CELL_ORDER} does not name each of the {len(source.latitudes)} cells once. "
+            f"{source.path}/{CELL_ORDER} does not name each of the {cells} cells once. "
             "Restore it from a copy, or make the dataset again."
         )
     return found.astype(np.int64)
@@ -110,7 +111,7 @@ class Reordered:
     def __init__(self, source: Source, order: Int64 | None):
         own = cell_order(source)
         self.order, self._source = order, source
-        self._cells = len(source.latitudes)
+        self._cells = source.extent.shape[3]
         native = np.arange(self._cells) if own is None else np.argsort(own)  # where the source has each native cell
         self._places = native if order is None else native[order]
         self._scratch = Scratch()

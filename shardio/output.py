@@ -168,7 +168,7 @@ def _write_array(group: Any, extra: Extra, zarr_format: int) -> None:
 def checksum(values: NDArray[Any]) -> int:
     """crc32c of a small array; of its text where memory holds only pointers to it (strings of any length)."""
     text = values.dtype.kind in "OT"
-    return crc32c(repr(values.tolist()).encode() if text else np.ascontiguousarray(values).tobytes())
+    return crc32c(repr(values.tolist()).encode() if text else np.ascontiguousarray(values).reshape(-1).view(np.uint8))
 
 
 def _remove_all_but_data(folder: Path) -> None:

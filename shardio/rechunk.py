@@ -148,6 +148,8 @@ def run(prepared: Prepared, report: Callable[[Progress], None] = lambda _: None)
                     job.record(dates)
                     written.update((date.date, date) for date in dates)
                     report(Progress(len(written), layout.shape[0], (len(written) - before) * bytes_of_date))
+                    if coordinates.done():
+                        coordinates.result()  # what is wrong with them is told now, not after days of fields
                 job.sweep()  # of workers killed in this run
                 if request.sync:
                     sync_folder(job.dataset / "data")

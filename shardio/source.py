@@ -68,7 +68,6 @@ class Source(Protocol):
       path: as the user named it.
       extent: shape, chunks and selection, for the planner.
       dates: datetime64[s] [date]; missing: those of them without data.
-      latitudes, longitudes: float64 [cell], degrees.
       statistics: float64 [variable] by name; None where they are to be computed.
       zarr_format: that of the source; 3 where it is not Zarr.
     """
@@ -78,12 +77,18 @@ class Source(Protocol):
     variables: tuple[str, ...]
     dates: Dates
     missing: Dates
-    latitudes: NDArray[np.float64]
-    longitudes: NDArray[np.float64]
     attributes: Json
     data_attributes: Json
     statistics: dict[str, NDArray[np.float64]] | None
     zarr_format: int
+
+    @property
+    def latitudes(self) -> NDArray[np.float64]:
+        """[cell], degrees."""
+
+    @property
+    def longitudes(self) -> NDArray[np.float64]:
+        """[cell], degrees."""
 
     @property
     def extras(self) -> tuple[Extra, ...]:
@@ -147,15 +152,26 @@ class AnemoiSource:
         self.variables = tuple(names[i] for i in self._variables)
         self.dates = every_date[self._dates.start : self._dates.stop]
         self.missing = self.dates[np.isin(self.dates, self._listed_missing())]
-        cells = self.layout.shape[3]
-        self.latitudes = self.required("latitudes", cells).astype(np.float64)
-        self.longitudes = self.required("longitudes", cells).astype(np.float64)
+        for name in ("latitudes", "longitudes"):
+            self._check_length(name, (array_metadata(store, name) or {}).get("shape"), self.layout.shape[3])
         self.statistics = self._statistics()
         self._cut = as_cut(self._variables)
         self.extent = _extent_of(self.layout, self._dates, self._variables)
         self._reader = open_reader(store, "data", self.layout, fill_absent)
         # A missing date has a row but may have no chunks: there the fill value is what the source says.
         self._reader_of_missing = open_reader(store, "data", self.layout, fill_absent=True)
+
+    @cached_property
+    def latitudes(self) -> NDArray[np.float64]:
+        return self._coordinates("latitudes")
+
+    @cached_property
+    def longitudes(self) -> NDArray[np.float64]:
+        return self._coordinates("longitudes")
+
+    def _coordinates(self, name: str) -> NDArray[np.float64]:
+        """Read when first asked for: at 9 km they are 50 MB each, and who only reads fields need not have them."""
+        return self.required(name, self.layout.shape[3]).astype(np.float64, copy=False)
 
     @cached_property
     def extras(self) -> tuple[Extra, ...]:
@@ -260,12 +276,16 @@ class AnemoiSource:
     def required(self, name: str, length: int) -> NDArray[Any]:
         """All values of one of the small arrays; DatasetError where it has not this length."""
         values = self.array(name)
-        if values is None or values.shape != (length,):
-            found = "is absent" if values is None else f"has shape {list(values.shape)}"
+        self._check_length(name, None if values is None else values.shape, length)
+        assert values is not None
+        return values
+
+    def _check_length(self, name: str, shape: Sequence[int] | None, length: int) -> None:
+        if shape is None or list(shape) != [length]:
+            found = "is absent" if shape is None else f"has shape {list(shape)}"
             raise DatasetError(
                 f"{self.path}: the array `{name}` {found}, expected [{length}]. It is not an anemoi dataset."
             )
-        return values
 
     def _statistics(self) -> dict[str, NDArray[np.float64]] | None:
         found = {name: self.array(name) for name in NAMES}

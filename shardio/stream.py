@@ -8,6 +8,7 @@ of blocks behind a header of its own is a blosc chunk too: that is how a part of
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,6 +18,7 @@ from shardio.codec import check_blosc_header
 from shardio.errors import REMEDY, ChunkError
 
 HEADER = 16
+BLOSC_HEADER = struct.Struct("<2sBB3I")  # versions, flags, size of a value; bytes decoded, of a block, stored
 DONT_SPLIT, UNCOMPRESSED = 0x10, 0x02
 
 
@@ -33,15 +35,14 @@ class BloscRows:
             check_blosc_header(memoryview(stored), nbytes)
         except ValueError as error:
             raise self._damaged(str(error)) from error
-        self._header = stored[:HEADER].copy()
-        self._block = int(self._header[8:12].view("<u4")[0])
+        self._versions, self._flags, self._typesize, _, self._block, _ = BLOSC_HEADER.unpack_from(stored)
         first = HEADER + 4 * -(-nbytes // max(self._block, 1))  # of the blocks' bytes
         if self._block == 0 or first > len(stored):
             raise self._damaged("it has no table of blocks")
-        self._begins = stored[HEADER:first].view("<i4").astype(np.int64)
-        if self._begins.min() < first or self._begins.max() >= len(stored):
+        table = stored[HEADER:first].view("<i4").astype(np.int64)
+        if table.min() < first or table.max() >= len(stored):
             raise self._damaged("its table of blocks points outside of it")
-        self._ends = _ends(self._begins, len(stored))
+        self._table, self._begins, self._ends = table, table.tolist(), _ends(table, len(stored)).tolist()
         self._next = [begin // self._block for begin in begins]  # block to decode next, of every row
         self._spare = np.empty((len(begins), self._block), np.uint8)
         self._held = [self._decoded(row, begin % self._block) for row, begin in enumerate(begins)]
@@ -77,23 +78,22 @@ class BloscRows:
         """Decode whole blocks, or the last, behind a header that lies for a moment over the bytes before them."""
         from numcodecs import blosc
 
-        count = -(-len(out) // self._block)
-        begins = self._begins[first : first + count]
-        before = HEADER + 4 * count
-        begin, end = int(begins.min()) - before, int(self._ends[first : first + count].max())
+        last = first - (-len(out) // self._block)
+        before = HEADER + 4 * (last - first)
+        begin, end = min(self._begins[first:last]) - before, max(self._ends[first:last])
         chunk = self._stored[begin:end]
-        covered = chunk[:before].copy()
-        chunk[:HEADER] = self._header
-        chunk[4:HEADER].view("<u4")[:] = (len(out), min(self._block, len(out)), end - begin)
-        if len(out) < self._block:
-            chunk[2] |= DONT_SPLIT  # as blosc stores a short last block
-        chunk[HEADER:before].view("<i4")[:] = begins - begin
+        header = chunk[:before]
+        covered = header.copy()
+        flags = self._flags | (DONT_SPLIT if len(out) < self._block else 0)  # as blosc stores a short last block
+        sizes = (len(out), min(self._block, len(out)), end - begin)
+        BLOSC_HEADER.pack_into(header, 0, self._versions, flags, self._typesize, *sizes)
+        np.subtract(self._table[first:last], begin, out=header[HEADER:].view("<i4"), casting="unsafe")
         try:
             blosc.decompress(chunk, out)
         except RuntimeError as error:
             raise self._damaged(str(error)) from error
         finally:
-            chunk[:before] = covered
+            header[:] = covered
 
     def _damaged(self, problem: str) -> ChunkError:
         return ChunkError(f"{self._where}: blosc cannot decode {len(self._stored)} stored bytes: {problem}. {REMEDY}")

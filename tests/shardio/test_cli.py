@@ -32,6 +32,10 @@ def here(pristine, tmp_path, monkeypatch):
         (tmp_path / f"{name}.zarr" / file).write_text("[]" if name == "list" else text[: len(text) // 2])
     shutil.copytree(pristine / "a.zarr", tmp_path / "chunk.zarr")
     (tmp_path / "chunk.zarr" / "data" / "3.0.0.0").write_bytes(b"short")
+    shutil.copytree(pristine / "a.zarr", tmp_path / "places.zarr")
+    (tmp_path / "places.zarr" / "longitudes" / "0").write_bytes(b"short")
+    shutil.copytree(pristine / "a.zarr", tmp_path / "placeless.zarr")
+    shutil.rmtree(tmp_path / "placeless.zarr" / "longitudes")
     shutil.copytree(pristine / "a.zarr", tmp_path / "unlabelled.zarr")
     (tmp_path / "unlabelled.zarr" / ".zattrs").write_text("{}")
     shutil.copytree(pristine / "a.zarr", tmp_path / "dateless.zarr")
@@ -55,6 +59,8 @@ BAD = {
     "no names of variables": (["unlabelled.zarr", "b.zarr", "-n", "4"], "variables"),
     "no dates": (["dateless.zarr", "b.zarr", "-n", "4"], "`dates` is absent"),
     "a truncated chunk": (["chunk.zarr", "b.zarr", "-n", "4"], "3.0.0.0"),
+    "truncated longitudes": (["places.zarr", "b.zarr", "-n", "4"], "places.zarr/longitudes cannot be read"),
+    "no longitudes": (["placeless.zarr", "b.zarr", "-n", "4"], "`longitudes` is absent"),
     "no grid-chunks": (["a.zarr", "b.zarr"], "--grid-chunks"),
     "0 grid-chunks": (["a.zarr", "b.zarr", "-n", "0"], "Choose --grid-chunks from 1 to 23"),
     "negative grid-chunks": (["a.zarr", "b.zarr", "-n", "-3"], "Choose --grid-chunks from 1 to 23"),
@@ -110,7 +116,7 @@ def test_bad_input_is_one_clear_message_and_leaves_nothing_complete(what, here, 
     created = set(here.rglob("*")) - before
     assert {path.relative_to(here).parts[0] for path in created} <= {"b.zarr.partial"}
     if created:
-        assert what == "a truncated chunk"
+        assert what in ("a truncated chunk", "truncated longitudes")
         assert "is incomplete" in cli("info", "b.zarr").stderr
 
 
