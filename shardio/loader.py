@@ -6,7 +6,7 @@ import math
 import os
 import warnings
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -153,6 +153,8 @@ class ShardedDataLoader:
       topology: where this rank stands.
       batch_size: samples per data group and step.
       input_steps, target_steps: dates of one sample.
+      targets_read: how many of the `target_steps` are read in an epoch, by its number; default: all. The samples of
+        every epoch are those that have all, so that epochs are equally long and a position means the same in each.
       shuffle, seed, drop_last: see `ReadGroupSampler`.
       prefetch: batches under way, counting the one that is handed out next. Never more than prefetch + 2 batches
         are in memory, as long as the consumer keeps one.
@@ -172,6 +174,7 @@ class ShardedDataLoader:
         batch_size: int = 1,
         input_steps: int = 1,
         target_steps: int = 1,
+        targets_read: Callable[[int], int] | None = None,
         shuffle: bool = True,
         seed: int = 0,
         drop_last: bool = False,
@@ -188,7 +191,8 @@ class ShardedDataLoader:
         if prefetch < 1:
             raise SelectionError(f"prefetch is {prefetch}. Use 1 (no reading ahead) or more.")
         self.dataset, self.topology = dataset, topology or Topology()
-        self.steps, self.prefetch, self.group = input_steps + target_steps, prefetch, group
+        self.input_steps, self.steps = input_steps, input_steps + target_steps
+        self.targets_read, self.prefetch, self.group = targets_read, prefetch, group
         self.device = None if device is None else torch.device(device)
         if group is not None:
             check_group(group, self.topology)
@@ -207,12 +211,12 @@ class ShardedDataLoader:
         return self.sampler.batches_per_epoch
 
     def __iter__(self) -> Iterator[ShardedBatch]:
-        upcoming = self.sampler.upcoming()
+        steps, upcoming = self.steps_read(self.sampler.begin()), self.sampler.upcoming()
         ahead: deque[tuple[Position, ShardedBatch]] = deque()
         try:
             while True:
                 while len(ahead) < self.prefetch and (item := next(upcoming, None)) is not None:
-                    ahead.append((item[0], self._begin(item[1])))
+                    ahead.append((item[0], self._begin(item[1], steps)))
                 if not ahead:
                     break
                 position, batch = ahead.popleft()
@@ -225,6 +229,16 @@ class ShardedDataLoader:
         finally:
             ahead.clear()
             self._ring.collect()
+
+    def steps_read(self, epoch: int) -> int:
+        """Dates of each sample that a batch of this epoch holds."""
+        steps = self.steps if self.targets_read is None else self.input_steps + self.targets_read(epoch)
+        if not self.input_steps <= steps <= self.steps:
+            raise SelectionError(
+                f"targets_read({epoch}) is {steps - self.input_steps}. Let it be 0 to {self.steps - self.input_steps}, "
+                "the target_steps of a sample."
+            )
+        return steps
 
     def state_dict(self) -> dict[str, Any]:
         """The exact position after the last batch handed out."""
@@ -242,9 +256,9 @@ class ShardedDataLoader:
         """End the reading threads."""
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def _begin(self, samples: list[Sample]) -> ShardedBatch:
-        leases = [self._ring.lease(sample.start + step) for sample in samples for step in range(self.steps)]
-        return ShardedBatch(leases, samples, self.steps, self.dataset, self.reading, self._memory)
+    def _begin(self, samples: list[Sample], steps: int) -> ShardedBatch:
+        leases = [self._ring.lease(sample.start + step) for sample in samples for step in range(steps)]
+        return ShardedBatch(leases, samples, steps, self.dataset, self.reading, self._memory)
 
 
 def put(target: Tensor, piece: Piece) -> None:

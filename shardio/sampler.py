@@ -111,16 +111,19 @@ class ReadGroupSampler:
             return self.starts
         return np.random.default_rng([self.seed, epoch]).permutation(self.starts)
 
+    def begin(self) -> int:
+        """The epoch of the next batch: where nothing of the present one is left, the next one begins."""
+        if self.cursor + self._needed > len(self.starts):  # only padding, or less than these larger batches
+            self._tell_dropped(self.cursor)
+            self.epoch, self.cursor = self.epoch + 1, 0
+        return self.epoch
+
     def upcoming(self) -> Iterator[tuple[Position, list[Sample]]]:
         """(position after it, batch) of the rest of this epoch; the sampler itself stays where it is.
 
         After the last batch the position is the start of the next epoch, so that who stops there starts anew.
         """
-        needed = self.samples_per_step if self.drop_last else 1
-        if self.cursor + needed > len(self.starts):  # nothing but padding is left, or less than these larger batches
-            self._tell_dropped(self.cursor)
-            self.epoch, self.cursor = self.epoch + 1, 0
-        order, cursor = self.order(self.epoch), self.cursor
+        order, cursor, needed = self.order(self.begin()), self.cursor, self._needed
         while cursor + needed <= len(order):
             positions = np.arange(cursor, cursor + self.samples_per_step)
             mine = positions[positions % self.topology.data_size == self.topology.data_rank]
@@ -146,6 +149,11 @@ class ReadGroupSampler:
                 else:
                     self.cursor += self.topology.data_size
                 yield sample.start
+
+    @property
+    def _needed(self) -> int:
+        """Samples that must be left for another batch."""
+        return self.samples_per_step if self.drop_last else 1
 
     def as_batch_sampler(self) -> BatchSampler:
         """What a torch DataLoader takes as `batch_sampler=`."""

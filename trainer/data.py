@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +62,8 @@ class Batches:
 
 class ForecastDataModule(LightningDataModule):
     """Windows of input and target dates.
+
+    Training samples are the windows of the largest rollout; of each only the dates of the epoch's rollout are read.
 
     Args:
       dataset: path of a dataset; best with as many grid-chunks as ranks read it, or a multiple (shardio rechunk).
@@ -143,7 +145,8 @@ class ForecastDataModule(LightningDataModule):
         return self.topology.effective_batch_size(self.batch_size)
 
     def train_dataloader(self) -> Batches:
-        self._training = self._loader(self.dataset, self._module.rollout.maximum, shuffle=True)
+        rollout = self._module.rollout
+        self._training = self._loader(self.dataset, rollout.maximum, shuffle=True, targets_read=rollout.steps)
         if self._position is not None:
             self._training.load_state_dict(self._position)
         return self._training
@@ -202,13 +205,16 @@ class ForecastDataModule(LightningDataModule):
             self._opened[dates] = open_dataset(self.path, start=dates[0], end=dates[1], **self._chosen)  # type: ignore[arg-type]
         return self._opened[dates]
 
-    def _loader(self, dataset: Dataset, target_steps: int, shuffle: bool) -> Batches:
+    def _loader(
+        self, dataset: Dataset, target_steps: int, shuffle: bool, targets_read: Callable[[int], int] | None = None
+    ) -> Batches:
         loader = ShardedDataLoader(
             dataset,
             self.topology,
             batch_size=self.batch_size,
             input_steps=self.input_steps,
             target_steps=target_steps,
+            targets_read=targets_read,
             shuffle=shuffle,
             seed=self.seed,
             drop_last=shuffle,

@@ -149,6 +149,46 @@ def test_consecutive_windows_read_each_date_once(large):
         assert needed <= read <= 1.02 * needed
 
 
+@pytest.mark.parametrize("targets", [0, 1, 2])
+def test_an_epoch_reads_no_more_targets_than_it_is_to(large, targets):
+    stored = large[4, 3]
+    dataset = open_dataset(stored.path)
+    loader = ShardedDataLoader(dataset, input_steps=1, target_steps=2, targets_read=lambda epoch: epoch)
+    loader.set_epoch(targets)
+    before = bytes_read()
+    (batch,) = loader
+    read = bytes_read() - before
+    assert batch.fields.shape[1] == batch.dates.shape[1] == 1 + targets
+    assert np.array_equal(bits(batch.fields), bits(stored.fields(batch.indices)))
+    needed = sum(stored_bytes(stored.path, date, range(4), 4) for date in range(1 + targets))
+    assert needed <= read <= 1.02 * needed
+
+
+def test_epochs_of_fewer_targets_have_the_samples_and_positions_of_the_others(many):
+    options = {"input_steps": 2, "target_steps": 3, "batch_size": 4, "seed": 5, "drop_last": True}
+    dataset = open_dataset(many.path)
+    whole = ShardedDataLoader(dataset, **options)
+    growing = ShardedDataLoader(dataset, **options, targets_read=lambda epoch: min(1 + epoch, 3))
+    for epoch in range(4):
+        for expected, batch in zip(whole, growing, strict=True):
+            assert batch.starts == expected.starts
+            assert batch.fields.shape[1] == min(3 + epoch, 5)
+            assert np.array_equal(bits(batch.fields), bits(expected.fields[:, : batch.fields.shape[1]]))
+            assert growing.state_dict() == whole.state_dict()
+    growing.set_epoch(1)
+    next(iter(growing))
+    resumed = ShardedDataLoader(dataset, **options, targets_read=lambda epoch: min(1 + epoch, 3))
+    resumed.load_state_dict(growing.state_dict())
+    assert [batch.fields.shape[1] for batch in resumed] == [4] * 8
+
+
+@pytest.mark.parametrize("targets", [-1, 3])
+def test_targets_that_a_sample_lacks_are_refused(many, targets):
+    loader = ShardedDataLoader(open_dataset(many.path), target_steps=2, targets_read=lambda _: targets)
+    with pytest.raises(SelectionError, match=rf"targets_read\(0\) is {targets}. Let it be 0 to 2"):
+        next(iter(loader))
+
+
 def variants(folder, many):
     """The same 40 dates, stored and opened in every way that takes another path through the loader."""
     values = many.values

@@ -1,6 +1,7 @@
 """The data module: every way to load gives the same training, and nothing of it stays behind."""
 
 import pytest
+from datasets import write_dataset
 from runs import Run, checkpoint, fit, tiny, trace, waves
 
 TWO = ["--strategy.num_gpus_per_model=2", "--trainer.max_steps=6", "--data.val_start=2020-01-06"]
@@ -50,6 +51,47 @@ def test_reading_threads_end_with_the_training_of_a_program(tmp_path):
     run = Run(tmp_path, "-c", PROGRAM.replace("STRATEGY", "DDPGroupStrategy()"))
     assert run.wait() == [0], run.errors
     assert run.printed.endswith("[]\n('6h',) ('psi', 'vo', 'u', 'v', 't', 'latitude')\n")
+
+
+GROWING = """
+from pathlib import Path
+from lightning.pytorch import Callback, Trainer
+from trainer import DDPGroupStrategy, ForecastDataModule, ForecastModule
+from trainer.graph import GraphOptions
+from trainer.model import ModelOptions
+from trainer.module import RolloutOptions
+
+class Reads(Callback):
+    def now(self):
+        return int(dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())["rchar"])
+
+    def on_train_epoch_start(self, trainer, module):
+        self.before, self.dates = self.now(), set()
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, number):
+        self.dates.add(batch.fields.shape[1])
+
+    def on_train_epoch_end(self, trainer, module):
+        print(*self.dates, self.now() - self.before, trainer.num_training_batches)
+
+data = ForecastDataModule("many.zarr", drop=["sst"], prefetch=1)
+network, rollout = ModelOptions(8, 1, 2), RolloutOptions(1, 3)
+module = ForecastModule(["lsm"], graph=GraphOptions("ico1"), network=network, rollout=rollout)
+options = dict(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+options |= dict(enable_model_summary=False)
+Trainer(strategy=DDPGroupStrategy(), devices=1, max_epochs=4, callbacks=[Reads()], **options).fit(module, data)
+"""
+
+
+def test_an_epoch_reads_only_the_dates_of_its_rollout(tmp_path):
+    write_dataset(tmp_path / "many.zarr", "octahedral", dates=200)  # so many that few are still in memory
+    run = Run(tmp_path, "-c", GROWING)
+    assert run.wait() == [0], run.errors
+    epochs = [[int(number) for number in line.split()] for line in run.printed.splitlines()]
+    assert [dates for dates, _, _ in epochs] == [2, 3, 4, 4]
+    assert {batches for _, _, batches in epochs} == {200 - 3}, "epochs are equally long"
+    whole = epochs[-1][1]
+    assert [nbytes / whole for _, nbytes, _ in epochs] == pytest.approx([2 / 4, 3 / 4, 1, 1], rel=0.1)
 
 
 def test_another_strategy_is_refused(tmp_path):

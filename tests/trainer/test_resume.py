@@ -141,7 +141,7 @@ def test_training_that_max_steps_ended_goes_on_as_if_it_had_not(tmp_path, name):
 
 
 def test_epochs_of_few_batches_are_resumed_exactly(tmp_path):
-    common = tiny("--trainer.limit_train_batches=5", "--trainer.max_epochs=3")
+    common = tiny("--trainer.limit_train_batches=5", "--trainer.max_epochs=3", "--model.rollout.maximum=3")
     reference = fit(tmp_path, *common, "--output=whole")
     run = Run(tmp_path, "fit", *common)
     run.until(lambda: run.steps >= 6)
