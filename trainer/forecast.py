@@ -12,7 +12,6 @@ A cell that is absent at the initial date (forecaster.py) is NaN at every lead t
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 from collections import deque
@@ -28,57 +27,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from shardio import Dataset, Partition, open_dataset
-from shardio.dates import format_step, parse_start, parse_step
-from shardio.errors import DatasetError, PlanError, SelectionError
+from shardio.errors import DatasetError, PlanError
 from shardio.partition import balanced, partition
-from trainer.assembly import Place, assemble_graph, grid_digest
-from trainer.checkpoint import load as load_checkpoint
-from trainer.forecaster import Forecaster, Roles, known_or_mean, put, without_value
+from trainer.assembly import Place, assemble_graph
+from trainer.forecaster import Forecaster, known_or_mean, put, without_value
 from trainer.graph import GraphOptions
 from trainer.model import ModelOptions
-
-
-@dataclass(frozen=True, eq=False)
-class Trained:
-    """What a checkpoint holds of a model; the same for any number of ranks.
-
-    Attributes:
-      roles: of the variables.
-      input_steps: dates that the model is given.
-      step: seconds between lead times.
-      about: what the training noted: graph, network, version.
-      weights: by name.
-      digest: of the file.
-    """
-
-    roles: Roles
-    input_steps: int
-    step: int
-    about: dict[str, Any]
-    weights: dict[str, Tensor]
-    digest: str
-
-    def steps(self, lead_time: str) -> int:
-        """Lead times up to this one, such as 240h."""
-        seconds = parse_step(lead_time)
-        if seconds % self.step:
-            raise SelectionError(
-                f"a lead time of {lead_time} is no multiple of the model's step, {format_step(self.step)}."
-            )
-        return seconds // self.step
-
-    def check(self, dataset: Dataset, initial: np.datetime64, steps: int) -> None:
-        """SelectionError unless the dataset has the input dates, and forcings up to the last step but one."""
-        for back in range(self.input_steps):
-            _find(dataset, initial - np.timedelta64(back * self.step, "s"), f"a forecast from {initial} needs it")
-        changing = self.changing_forcings(dataset)
-        for number in range(1, steps) if changing else ():
-            why = f"a forecast from {initial} needs its {', '.join(changing)}; give a dataset that reaches further, or "
-            _find(dataset, initial + np.timedelta64(number * self.step, "s"), f"{why}a shorter lead time")
-
-    def changing_forcings(self, dataset: Dataset) -> list[str]:
-        """Those that the dataset does not call constant."""
-        return [name for name in self.roles.forcings if name not in dataset.constants]
+from trainer.trained import Trained, as_date, check_variables, find_date, read_trained
 
 
 @dataclass(frozen=True)
@@ -186,7 +141,7 @@ class Forecast:
 
     def _read(self, date: np.datetime64, names: tuple[str, ...], members: int | None) -> Tensor:
         """[ensemble, cells/M, variables] of a date of the dataset, on the device."""
-        at, places = _find(self.dataset, date), [self.dataset.variables.index(name) for name in names]
+        at, places = find_date(self.dataset, date), [self.dataset.variables.index(name) for name in names]
         fields = self.dataset[at : at + 1, places, slice(0, members), self.place.owned][0]
         self._check_given(fields, names, date)
         return torch.from_numpy(fields).permute(1, 2, 0).to(self.place.device)
@@ -236,21 +191,6 @@ def load(
     return assemble(read_trained(path), opened, place, **network)
 
 
-def read_trained(path: str | Path) -> Trained:
-    """What the checkpoint at `path` holds of a model."""
-    checkpoint = load_checkpoint(path)
-    about = checkpoint.get("shardio")
-    if about is None:
-        raise DatasetError(f"{path} is no checkpoint of `trainer fit`. Give one from the folder checkpoints of a run.")
-    may_lack = about.get("allow_nan", about["variables"])  # before it was noted, all that are given may lack values
-    roles = Roles(*map(tuple, (about["variables"], about["forcings"], about["diagnostics"], may_lack)))
-    prefix, state = "forecaster.", checkpoint["state_dict"]
-    weights = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
-    return Trained(roles, about["input_steps"], about["step_seconds"], about, weights, digest)
-
-
 def assemble(trained: Trained, dataset: Dataset, place: Place, **network: Any) -> Forecast:
     """The model on this rank's cells. All ranks of the group call it together."""
     check_variables(trained, dataset)
@@ -263,21 +203,6 @@ def assemble(trained: Trained, dataset: Dataset, place: Place, **network: Any) -
         model = Forecaster(trained.roles, statistics, tendencies, trained.input_steps, options, graph)
     model.load_state_dict(trained.weights)
     return Forecast(trained, model.to(place.device).eval(), dataset, place)
-
-
-def check_variables(trained: Trained, dataset: Dataset) -> None:
-    """DatasetError unless the dataset has all variables of the model."""
-    lacking = [name for name in trained.roles.variables if name not in dataset.variables]
-    if lacking:
-        raise DatasetError(
-            f"the model was trained on {', '.join(lacking)} too, which the dataset lacks: it has "
-            f"{', '.join(dataset.variables)}. Give a dataset with all variables of the training."
-        )
-    if trained.about.get("grid", grid_digest(dataset)) != grid_digest(dataset):
-        raise DatasetError(
-            f"the model was trained on another grid than that of this dataset, {dataset.shape[3]} cells. Give a "
-            "dataset on the grid of the training; the order of its cells does not matter."
-        )
 
 
 @contextmanager
@@ -311,21 +236,3 @@ def forecast_partition(dataset: Dataset, ranks: int, chunk_cells: int | None = N
             "unless --overwrite discards it."
         )
     return Partition(tuple(min(chunk * chunk_cells, cells) for chunk in balanced(chunks, ranks)), chunk_cells, True)
-
-
-# --------------------------------------------------------------------------------------------------------------- dates
-def as_date(when: Any) -> np.datetime64:
-    """A date as users write it, or any that numpy knows."""
-    return when.astype("datetime64[s]") if isinstance(when, np.datetime64) else parse_start(str(when))
-
-
-def _find(dataset: Dataset, date: np.datetime64, why: str = "") -> int:
-    """Place of a date; SelectionError where it is not there."""
-    place = int(np.searchsorted(dataset.dates, date))
-    if place == len(dataset) or dataset.dates[place] != date or dataset.is_missing[place]:
-        what = "is missing in" if date in dataset.dates else "is not in"
-        raise SelectionError(
-            f"{date} {what} the dataset, which has {dataset.dates[0]} to {dataset.dates[-1]} every "
-            f"{dataset.frequency}: {why or 'choose another'}."
-        )
-    return place

@@ -18,7 +18,8 @@ from shardio.dates import format_step, parse_end, parse_start, parse_step
 from shardio.errors import OutputError, SelectionError
 from shardio.sharded_writer import is_complete
 from shardio.statistics import NAMES
-from trainer.forecast import Forecast, Trained, check_variables
+from trainer.forecast import Forecast
+from trainer.trained import Trained, check_variables
 
 
 @dataclass(frozen=True, eq=False)

@@ -25,9 +25,10 @@ from shardio.errors import SelectionError
 from shardio.rechunk import Request, prepare
 from shardio.rechunk import run as rechunk
 from shardio.synthetic import octahedral
-from trainer.forecast import load, read_trained
+from trainer.forecast import load
 from trainer.predict import initial_dates, plan, write
 from trainer.predict_cli import DESCRIPTION, build_parser
+from trainer.trained import read_trained
 
 NAME = "2021-03-02T0000.zarr"
 LEAD_TIME, STEPS = "120h", 20
