@@ -29,7 +29,7 @@ from trainer.checkpoint import KeepLast
 from trainer.configs import by_name
 from trainer.curves import SKILL, LossCurve
 from trainer.data import ForecastDataModule
-from trainer.failure import rank, stop
+from trainer.failure import rank, remedy, stop
 from trainer.launcher import started_by_others
 from trainer.module import ForecastModule
 from trainer.preflight import check
@@ -221,25 +221,27 @@ class TrainerCLI(LightningCLI):
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of the command `trainer`."""
     keep_freed_memory()
-    debug, cli = "--debug" in (arguments or sys.argv), None
+    debug, command, cli = "--debug" in (arguments or sys.argv), "", None
     with warnings.catch_warnings():
         if not debug:
             _ignore_advice()
         try:
             given = by_name(sys.argv[1:] if arguments is None else arguments)
-            if given[:1] and given[0] in OTHER_COMMANDS:
-                import_module(f"trainer.{given[0]}_cli").main(given[1:])
+            command = given[0] if given else ""
+            if command in OTHER_COMMANDS:
+                import_module(f"trainer.{command}_cli").main(given[1:])
                 return
             cli = TrainerCLI(given)
+            command = cli.subcommand or ""
             cli.run()
         except KeyboardInterrupt:
-            _leave(130, "Interrupted.")
+            _leave(130, f"Interrupted. {remedy(command)}".strip())
         except SystemExit as end:
             if cli is None:
                 raise  # of the parser
-            _leave(130 if cli.trainer.interrupted else end.code, "Interrupted. Go on with --ckpt_path last.")
+            _leave(130 if cli.trainer.interrupted else end.code, f"Interrupted. {remedy(command)}")
         except Exception as error:
-            stop(error, debug, cli.end_ranks if cli else lambda: None)
+            stop(error, command, debug, cli.end_ranks if cli else lambda: None)
 
 
 def _leave(code: Any, message: str) -> None:

@@ -24,6 +24,11 @@ SIGNS_OF_LOSS = (
     *("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting"),
     *("gloo/", "NCCL"),
 )
+REMEDIES = {  # by command
+    "fit": "Resume with --ckpt_path last.",
+    "validate": "Run the same command again.",
+    "predict": "Run the same command again: it goes on where it stopped.",
+}
 # Rank 0 waits less than the others: it knows most about who is missing, and keeps the store.
 SECONDS_FOR_THE_FIRST = {"rank 0": 2.0, "others": 4.0}
 
@@ -56,6 +61,11 @@ def is_first() -> bool:
     return answer.decode() == me
 
 
+def remedy(command: str) -> str:
+    """What to do when the ranks of a command were stopped."""
+    return REMEDIES.get(command, "")
+
+
 def tell(message: str, debug: bool = False) -> None:
     """One message on stderr; the traceback only if asked for."""
     if debug:
@@ -65,11 +75,14 @@ def tell(message: str, debug: bool = False) -> None:
     os.write(2, f"Error: {message}\n".encode())
 
 
-def stop(error: BaseException, debug: bool = False, end_others: Callable[[], None] = lambda: None) -> NoReturn:
+def stop(
+    error: BaseException, command: str, debug: bool = False, end_others: Callable[[], None] = lambda: None
+) -> NoReturn:
     """Tell the error if it is the first of all ranks, and leave at once, without waiting for ranks that hang.
 
     Args:
       error: what this rank failed with.
+      command: that failed: fit, validate, predict.
       debug: with its traceback.
       end_others: ends the ranks that this one started.
     """
@@ -81,12 +94,14 @@ def stop(error: BaseException, debug: bool = False, end_others: Callable[[], Non
         told = _another_told()
         if told is None:
             tell(
-                f"{where}stopped with rank 0, which was killed, often for lack of memory, if it left no message.", debug
+                f"{where}stopped with rank 0, which was killed, often for lack of memory, if it left no message. "
+                f"{remedy(command)}",
+                debug,
             )
         elif not told and is_first():
             tell(
                 f"{where}stopped, because the connection to another rank was lost. Without a message of that rank it "
-                f"was killed, often for lack of memory, or hangs. Resume with --ckpt_path last. ({_first_line(error)})",
+                f"was killed, often for lack of memory, or hangs. {remedy(command)} ({_first_line(error)})",
                 debug,
             )
     sys.stderr.flush()

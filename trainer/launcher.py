@@ -9,21 +9,35 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.fabric.plugins.environments import ClusterEnvironment, SLURMEnvironment
 from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
-from trainer.failure import is_first, tell
+from trainer.failure import is_first, remedy, tell
 
 GLANCE = 0.2  # seconds between two looks
 SECONDS_TO_END = 6.0  # for the first rank to notice by itself that another has ended
 
 
 class RankLauncher(_SubprocessScriptLauncher):
-    """Lightning's launcher, whose watch kills the first process before it can say why, and looks every 5 s only."""
+    """Lightning's launcher, whose watch kills the first process before it can say why, and looks every 5 s only.
+
+    Args:
+      environment: says which rank this process is.
+      num_processes, num_nodes: ranks of each machine, and machines.
+      command: that the ranks run, for messages; default: what the trainer does, fit or validate.
+    """
+
+    def __init__(
+        self, environment: ClusterEnvironment, num_processes: int, num_nodes: int, command: str | None = None
+    ) -> None:
+        super().__init__(environment, num_processes, num_nodes)
+        self._command = command
 
     def launch(self, function: Callable[..., Any], *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
         """Start the other ranks of this machine, unless torchrun or SLURM did, and run `function`."""
+        if self._command is None and trainer is not None:
+            self._command = trainer.state.fn.value
         environment = self.cluster_environment
         environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
         if not environment.creates_processes_externally:
@@ -71,7 +85,7 @@ class RankLauncher(_SubprocessScriptLauncher):
             how = f"was killed by {signal.Signals(number).name}" if killed else f"ended with exit code {number}"
             cause = ", often for lack of memory" if number == signal.SIGKILL and killed else ""
             rank += self.cluster_environment.node_rank() * self.num_processes
-            tell(f"rank {rank} {how}{cause}. All ranks stop. Resume with --ckpt_path last.")
+            tell(f"rank {rank} {how}{cause}. All ranks stop. {remedy(self._command or '')}")
         self.kill(signal.SIGKILL)
         os._exit(1)
 

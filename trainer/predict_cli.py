@@ -208,7 +208,8 @@ def _launch(options: Any, world: int) -> Any:
 
     class Ranks(DDPStrategy):
         def _configure_launcher(self) -> None:
-            self._launcher = RankLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
+            where = self.cluster_environment, self.num_processes, self.num_nodes
+            self._launcher = RankLauncher(*where, command="predict")
 
     fabric = Fabric(
         accelerator=options.accelerator,

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zarr
+from forecasting import START, trained
 from runs import Run, checkpoint, fit, gone, tiny, waves
 
 SECONDS = 15.0  # for all ranks to end; what hangs takes ten minutes
@@ -45,6 +46,7 @@ def test_a_rank_killed_amid_a_step_stops_all(tmp_path, victim, codes, words):
     assert run.wait(SECONDS) == codes
     (message,) = messages(run)
     assert message.startswith(f"Error: {words}")
+    assert "Resume with --ckpt_path last." in message
     assert checkpoint(run.output)["global_step"] >= 2
 
 
@@ -54,7 +56,61 @@ def test_a_killed_rank_of_those_that_the_trainer_started_is_named(tmp_path):
     os.kill(child, signal.SIGKILL)
     assert run.wait(SECONDS) == [1]
     (message,) = messages(run)
-    assert message.startswith("Error: rank 1 was killed by SIGKILL, often for lack of memory. All ranks stop.")
+    assert message == (
+        "Error: rank 1 was killed by SIGKILL, often for lack of memory. All ranks stop. Resume with --ckpt_path last."
+    )
+
+
+@pytest.fixture
+def predicting(dataset_of, tmp_path, tmp_path_factory):
+    """`predicting(ranks, *more)`: the first of many forecasts under way."""
+    path = dataset_of("octahedral", 2)
+    dates = (f"--start={START}", "--end=2021-03-10", "--lead-time=24h")
+    given = (f"--ckpt_path={trained(tmp_path_factory, path)}", f"--dataset={path}", *dates)
+
+    def begin(ranks, *more):
+        run = Run(tmp_path, "predict", *given, "--num_gpus_per_model=2", *more, ranks=ranks)
+        run.until(lambda: list(tmp_path.glob("forecasts/*.partial/ledger*")))
+        return run
+
+    return begin
+
+
+GO_ON = "Run the same command again: it goes on where it stopped."
+
+
+def test_a_forecast_whose_rank_is_killed_says_how_it_goes_on(predicting):
+    run = predicting(2)
+    run.kill(1)
+    assert run.wait(SECONDS) == [1, -9]
+    assert f"Error: {LOST}" in run.errors
+    assert GO_ON in run.errors
+    assert "ckpt_path" not in run.errors
+
+
+def test_a_forecast_that_starts_its_ranks_says_how_it_goes_on(predicting):
+    run = predicting(1, "--devices=2")
+    (child,) = children(run.pids[0])
+    os.kill(child, signal.SIGKILL)
+    assert run.wait(SECONDS) == [1]
+    assert f"Error: rank 1 was killed by SIGKILL, often for lack of memory. All ranks stop. {GO_ON}" in run.errors
+
+
+def test_an_interrupted_forecast_says_how_it_goes_on(predicting):
+    run = predicting(1, "--devices=1", "--num_gpus_per_model=1")
+    os.kill(run.pids[0], signal.SIGINT)
+    assert run.wait(SECONDS) == [130]
+    assert run.errors.strip().endswith(f"Interrupted. {GO_ON}")
+
+
+def test_a_validation_that_loses_a_rank_is_to_be_run_again(tmp_path):
+    last = fit(tmp_path, *tiny("--trainer.max_steps=1")).output / "checkpoints" / "last.ckpt"
+    more = tiny("--strategy.num_gpus_per_model=2", "--strategy.timeout_seconds=5", "--data.val_start=2020-01-05")
+    run = Run(tmp_path, "validate", *more, f"--ckpt_path={last}", ranks=2)
+    run.kill(1)
+    assert run.wait()[0] == 1
+    (message,) = messages(run)
+    assert f"{LOST}, often for lack of memory, or hangs. Run the same command again. (" in message
 
 
 def test_an_interrupt_ends_all_ranks_and_leaves_a_checkpoint(tmp_path):
@@ -62,7 +118,7 @@ def test_an_interrupt_ends_all_ranks_and_leaves_a_checkpoint(tmp_path):
     (child,) = children(run.pids[0])
     os.killpg(run.pids[0], signal.SIGINT)  # as a terminal does
     assert run.wait(SECONDS) == [130]
-    assert run.errors.strip() == "Interrupted. Go on with --ckpt_path last."
+    assert run.errors.strip() == "Interrupted. Resume with --ckpt_path last."
     time.sleep(0.5)
     assert gone(child)
     assert checkpoint(run.output)["global_step"] >= 2
@@ -73,7 +129,7 @@ def test_a_request_to_terminate_is_an_interrupt(tmp_path):
     run = under_way(tmp_path, *tiny(ENDLESS))
     os.kill(run.pids[0], signal.SIGTERM)
     assert run.wait(SECONDS) == [130]
-    assert run.errors.strip() == "Interrupted. Go on with --ckpt_path last."
+    assert run.errors.strip() == "Interrupted. Resume with --ckpt_path last."
 
 
 def test_a_rank_that_hangs_is_given_up_after_the_timeout(tmp_path):
