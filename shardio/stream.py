@@ -49,23 +49,35 @@ class BloscRows:
 
     def take(self, out: NDArray[np.float32]) -> None:
         """Fill `out` [row, values] with what comes next of every row."""
+        width = 4 * out.shape[1]
+        behind = out.reshape(-1).view(np.uint8) if out.flags.c_contiguous else None  # the rows that are filled later
         for row, values in enumerate(out):
-            self._take(row, values.view(np.uint8))
+            self._take(row, width, values.view(np.uint8) if behind is None else behind[row * width :])
 
-    def _take(self, row: int, out: NDArray[np.uint8]) -> None:
+    def _take(self, row: int, wanted: int, out: NDArray[np.uint8]) -> None:
+        """Fill the first `wanted` bytes of `out`; those behind them may be used."""
         # Every block is decoded once: of the last, the part that is not wanted yet is held.
-        held = self._held[row][: len(out)]
+        held = self._held[row][:wanted]
         out[: len(held)] = held
         self._held[row] = self._held[row][len(held) :]
-        rest = out[len(held) :]
-        whole = len(rest) // self._block * self._block
-        if whole:
-            self._decode(self._next[row], rest[:whole])
-            self._next[row] += whole // self._block
-        if whole < len(rest):
+        rest, wanted = out[len(held) :], wanted - len(held)
+        if not wanted:
+            return
+        blocks = -(-wanted // self._block)
+        size = min(blocks * self._block, self._nbytes - self._next[row] * self._block)
+        if size > len(rest):
+            blocks = wanted // self._block
+            size = blocks * self._block
+        if blocks:
+            self._decode(self._next[row], rest[:size])
+            self._next[row] += blocks
+        if size > wanted:
+            self._held[row] = self._spare[row, : size - wanted]
+            self._held[row][:] = rest[wanted:size]
+        if size < wanted:
             last = self._decoded(row, 0)
-            rest[whole:] = last[: len(rest) - whole]
-            self._held[row] = last[len(rest) - whole :]
+            rest[size:wanted] = last[: wanted - size]
+            self._held[row] = last[wanted - size :]
 
     def _decoded(self, row: int, skip: int) -> NDArray[np.uint8]:
         """The next block of a row but for its first `skip` bytes, in the row's own buffer."""

@@ -43,7 +43,7 @@ def reordered(stored):
     return stored
 
 
-@settings(deadline=None, max_examples=80)
+@settings(deadline=None, max_examples=160)
 @given(st.data())
 def test_rows_taken_in_any_steps_are_the_rows(data):
     rows, cells = data.draw(st.integers(1, 5)), data.draw(st.integers(40, 2000))
@@ -60,7 +60,8 @@ def test_rows_taken_in_any_steps_are_the_rows(data):
     start = 0
     while start < cells:
         step = min(data.draw(st.integers(1, cells)), cells - start)
-        out = np.full((len(wanted), step + 3), np.nan, np.float32)
+        gap = data.draw(st.sampled_from([0, 3]))  # without one, blocks may go over the rows that follow
+        out = np.full((len(wanted), step + gap), np.nan, np.float32)
         taken.take(out[:, :step])
         assert np.array_equal(out[:, :step], values[wanted, start : start + step])
         assert np.isnan(out[:, step:]).all()
