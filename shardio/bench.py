@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 
 from shardio.dataset import Dataset, open_dataset
-from shardio.errors import SelectionError
+from shardio.errors import REMEDY, ChunkError, SelectionError
 from shardio.loader import ShardedDataLoader
 from shardio.reader import NativeReader
 from shardio.reading import Reading
+from shardio.store import kvstore_spec
 from shardio.threads import cores
 from shardio.topology import Topology
 
@@ -113,16 +114,23 @@ def _tensorstore(path: str, rows: list[int], cells: slice, zarr_format: int) -> 
     import tensorstore as ts
 
     driver = "zarr" if zarr_format == 2 else "zarr3"
-    array = ts.open({"driver": driver, "kvstore": {"driver": "file", "path": path}}, open=True, read=True).result()
+
+    def answer(future: Any) -> Any:
+        try:
+            return future.result()
+        except ValueError as error:
+            raise ChunkError(f"tensorstore cannot read {path}: {error}. {REMEDY}") from error
+
+    array = answer(ts.open({"driver": driver, "kvstore": kvstore_spec(path)}, open=True, read=True))
 
     def everything() -> None:
         ahead: deque[Any] = deque()
         for row in rows:
             ahead.append(array[row, :, :, cells].read())
             if len(ahead) >= PREFETCH:
-                ahead.popleft().result()
+                answer(ahead.popleft())
         while ahead:
-            ahead.popleft().result()
+            answer(ahead.popleft())
 
     return everything
 

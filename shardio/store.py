@@ -81,7 +81,7 @@ class RemoteStore:
 def kvstore_spec(url: str) -> dict[str, Any] | str:
     """What tensorstore opens: a local path or an address; `AWS_ENDPOINT_URL` names an S3 server other than Amazon's."""
     if "://" not in url:
-        return {"driver": "file", "path": url.rstrip("/") + "/"}
+        return {"driver": "file", "path": os.path.abspath(url) + "/"}  # it takes no . or .. in a path
     endpoint = os.environ.get("AWS_ENDPOINT_URL")
     if url.startswith("s3://") and endpoint:
         bucket, _, path = url.removeprefix("s3://").partition("/")
@@ -109,6 +109,8 @@ def remote_context() -> Any:
 def open_store(url: str | os.PathLike[str]) -> Store:
     """The store behind a path or address."""
     text = os.fspath(url)
+    if not text:
+        raise DatasetError("the path of the dataset is empty. Name a dataset.")
     return RemoteStore(text) if text.startswith(REMOTE) else LocalStore(text)
 
 
