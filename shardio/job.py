@@ -183,7 +183,8 @@ class Job:
 
 def partial_of(destination: Path) -> Path:
     """Where an output lives until it is complete."""
-    return destination.with_name(destination.name + ".partial")
+    named = destination if destination.name else destination.absolute()  # `.` has no name
+    return named.parent / f"{named.name}.partial"
 
 
 def read_job(destination: Path) -> Json | None:
@@ -212,6 +213,7 @@ def sweep_published(destination: Path) -> None:
 
 def refuse_unfinished(path: Path) -> None:
     """DatasetError where `path` is not there but its making has begun, with the command that finishes it."""
+    path = path if path.name else path.absolute()  # `.` may be either folder
     destination = Path(str(path).removesuffix(".partial"))
     begun = read_job(destination)
     if begun is None or (path == destination and destination.exists()):

@@ -142,6 +142,28 @@ def test_what_cannot_be_shown_is_one_clear_message(command, path, here, cli):
     assert done.stdout == ""
 
 
+@pytest.mark.parametrize(
+    "words", [("info",), ("verify",), ("plot", "--variable", "t"), ("bench", "--ranks", "2")], ids=" ".join
+)
+@pytest.mark.parametrize("path", ["", ".", "/", ".."])
+def test_a_path_without_a_name_is_one_clear_message(path, words, here, cli, monkeypatch):
+    monkeypatch.chdir(here / "empty.zarr" if path == "." else here)
+    done = cli(*words, path)
+    assert done.exit_code == 1
+    assert errors(done) == 1
+    assert path in done.stderr
+    assert ("path of the dataset is empty" in done.stderr) == (not path)
+
+
+def test_the_folder_one_stands_in_is_a_dataset_like_any_other(here, cli, monkeypatch):
+    monkeypatch.chdir(here / "a.zarr")
+    assert cli("info", ".").exit_code == 0
+    monkeypatch.chdir(here)
+    assert cli("rechunk", "chunk.zarr", "b.zarr", "-n", "4").exit_code == 1
+    monkeypatch.chdir(here / "b.zarr.partial")
+    assert "b.zarr is incomplete" in cli("info", ".").stderr
+
+
 def test_consolidated_metadata_that_are_damaged_do_not_matter(here, cli):
     assert cli("rechunk", "meta.zarr", "b.zarr", "-n", "4").exit_code == 0
     assert cli("verify", "b.zarr", "--source", "a.zarr").exit_code in (0, 1)
