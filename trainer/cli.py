@@ -8,14 +8,12 @@ import signal
 import sys
 import time
 import warnings
-from argparse import RawDescriptionHelpFormatter
 from contextlib import redirect_stdout
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jsonargparse import DefaultHelpFormatter
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.callbacks.weight_averaging import EMAWeightAveraging
@@ -30,6 +28,7 @@ from trainer.configs import by_name
 from trainer.curves import SKILL, LossCurve
 from trainer.data import ForecastDataModule
 from trainer.failure import rank, remedy, stop
+from trainer.flags import Formatter
 from trainer.launcher import started_by_others
 from trainer.module import ForecastModule
 from trainer.preflight import check
@@ -65,10 +64,6 @@ VALIDATE = """Forecast the validation dates, and compare with persistence, the f
   trainer validate --config my.yaml --ckpt_path run/checkpoints/best.ckpt --data.val_start 2021 --json
 
 Prints root mean square errors in the units of the dataset, weighted by area, by variable and lead time."""
-
-
-class Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
-    """Keeps the examples of a description as they are."""
 
 
 class Parser(LightningArgumentParser):

@@ -10,8 +10,8 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from trainer.export import check_output, compile_program, compiled_path, export
+from trainer.flags import Formatter, underscored
 from trainer.forecast import load
-from trainer.predict_cli import _Help, _underscored
 
 DESCRIPTION = """Write a trained model as a torch.export program, which steps fields in the units of the dataset.
 
@@ -23,7 +23,7 @@ The program is for one rank, whatever ranks trained it. --aoti also compiles it,
 
 def build_parser() -> ArgumentParser:
     """The options of `trainer export`."""
-    parser = ArgumentParser(prog="trainer export", description=DESCRIPTION, formatter_class=_Help)
+    parser = ArgumentParser(prog="trainer export", description=DESCRIPTION, formatter_class=Formatter)
     add = parser.add_argument
     add("--ckpt_path", type=str, required=True, help="Checkpoint that `trainer fit` wrote, on whatever ranks.")
     add("--dataset", type=str, required=True, help="Gives the grid; of the training, or of the same grid.")
@@ -38,7 +38,7 @@ def build_parser() -> ArgumentParser:
 
 def main(arguments: list[str]) -> None:
     """One process; what the files are goes to stdout."""
-    options = build_parser().parse_args([_underscored(argument) for argument in arguments])
+    options = build_parser().parse_args(underscored(arguments))
     check_output(options.output, options.overwrite)
     if options.aoti:
         check_output(compiled_path(options.output), options.overwrite)

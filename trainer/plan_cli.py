@@ -21,6 +21,7 @@ from shardio.errors import DatasetError, PlanError, SelectionError
 from shardio.progress import size
 from shardio.synthetic import octahedral
 from trainer.data import ForecastDataModule
+from trainer.flags import underscored
 from trainer.footprint import Job
 from trainer.forecaster import Roles
 from trainer.graph import PARTS, GraphOptions
@@ -29,7 +30,6 @@ from trainer.model import ModelOptions
 from trainer.module import ForecastModule, RolloutOptions
 from trainer.optimizer import OptimizerOptions
 from trainer.planner import RESERVE, Field, Planner, Recommendation, Row
-from trainer.predict_cli import _underscored
 
 DESCRIPTION = """What each rank needs to train: rows, bytes and messages of the largest one, for several sizes of the
 model group. Nothing is trained, and no data is read.
@@ -79,7 +79,7 @@ def build_parser() -> ArgumentParser:
 
 def main(arguments: list[str]) -> None:
     """Plan, and print it."""
-    options = parse([_underscored(argument) for argument in arguments])
+    options = parse(underscored(arguments))
     groups = sorted({_count(word) for word in options.gpus_per_model.split(",")})
     memory = parse_size(options.gpu_memory)
     planner = plan_of(options)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import shlex
 import sys
@@ -12,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from jsonargparse import ArgumentParser, DefaultHelpFormatter
+from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -21,6 +20,7 @@ from shardio.errors import OutputError, SelectionError
 from shardio.job import sweep_published
 from shardio.sharded_writer import begun_chunk_cells
 from trainer.assembly import Place
+from trainer.flags import Formatter, underscored
 from trainer.forecast import assemble, forecast_partition, read_trained
 from trainer.launcher import RankLauncher, started_by_others
 from trainer.netcdf import export
@@ -44,13 +44,9 @@ like, and keeps forecasts that are complete; with --evaluate or --netcdf added i
 FOREVER = timedelta(days=7)  # how long ranks that are done wait for the others, whose forecasts may take longer
 
 
-class _Help(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
-    """Keeps the line breaks of the description."""
-
-
 def build_parser() -> ArgumentParser:
     """The options of `trainer predict`."""
-    parser = ArgumentParser(prog="trainer predict", description=DESCRIPTION, formatter_class=_Help)
+    parser = ArgumentParser(prog="trainer predict", description=DESCRIPTION, formatter_class=Formatter)
     what = parser.add_argument_group("what").add_argument
     what("--ckpt_path", type=str, required=True, help="Checkpoint that `trainer fit` wrote, on whatever ranks.")
     what("--config", type=str | None, default=None, help="YAML of the training: gives dataset and ranks.")
@@ -82,7 +78,7 @@ def build_parser() -> ArgumentParser:
 
 def main(arguments: list[str]) -> None:
     """Runs in every rank; the first one starts the others, once all that can be known to fail has been tried."""
-    options = build_parser().parse_args([_underscored(argument) for argument in arguments])
+    options = build_parser().parse_args(underscored(arguments))
     config = _read_config(options.config)
     _fill_from_config(options, config)
     trained = read_trained(options.ckpt_path)
@@ -130,12 +126,6 @@ def main(arguments: list[str]) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------- the options
-def _underscored(argument: str) -> str:
-    """--lead-time=240h as --lead_time=240h."""
-    name, equals, value = argument.partition("=")
-    return (name.replace("-", "_").replace("__", "--", 1) if name.startswith("--") else name) + equals + value
-
-
 def _read_config(path: str | None) -> dict[str, Any]:
     import yaml
 

@@ -11,6 +11,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2]))  # for tools
 sys.path.insert(0, str(Path(__file__).parent))  # as in the ranks
 from datasets import write_dataset
+from forecasting import trained
 from ranks import Pool
 
 
@@ -38,3 +39,15 @@ def dataset_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int],
         return write_dataset(folder / f"{grid}-{ensemble}.zarr", grid, ensemble)
 
     return dataset_of
+
+
+@pytest.fixture(scope="session")
+def path(dataset_of: Callable[..., str]) -> str:
+    """Of a dataset of two members, that forecasts start from."""
+    return dataset_of("octahedral", 2)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, path: str) -> Path:
+    """Of a model that was trained on it."""
+    return trained(tmp_path_factory, path)

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import xarray
 from datasets import FORCINGS, MASKED, VARIABLES
-from forecasting import trained
 from ranks import group_of
 from runs import Run
 
@@ -27,11 +26,6 @@ from trainer.pictures import Bins, coarsen, draw_maps, draw_skill
 
 LEADS = 4
 STARTS = ("2021-03-02T00:00:00", "2021-03-03T06:00:00", "2021-03-10T18:00:00")  # two leads of the last: after the end
-
-
-@pytest.fixture(scope="module")
-def path(dataset_of: Callable[..., str]) -> str:
-    return dataset_of("octahedral", 2)
 
 
 @pytest.fixture(scope="module")
@@ -234,10 +228,7 @@ def binned(rank: int, group: Any, ranks: int) -> np.ndarray:
     return coarsen(field, latitudes[cells], longitudes[cells], areas, Bins.over(latitudes, longitudes), group)
 
 
-def test_predict_evaluates_and_exports_what_is_there(
-    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, path: str
-) -> None:
-    checkpoint = trained(tmp_path_factory, path)
+def test_predict_evaluates_and_exports_what_is_there(tmp_path: Path, checkpoint: Path, path: str) -> None:
     given = (f"--ckpt_path={checkpoint}", f"--dataset={path}", "--start=2021-03-02,2021-03-03", "--lead-time=24h")
     process = Run(tmp_path, "predict", *given, "--evaluate", "--netcdf", "--num_gpus_per_model=2", ranks=2)
     assert process.wait() == [0, 0], process.errors

@@ -30,14 +30,9 @@ Loaded = tuple[torch.export.ExportedProgram, dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def path(dataset_of: Callable[..., str]) -> str:
-    return dataset_of("octahedral", 2)
-
-
-@pytest.fixture(scope="module")
-def forecast(tmp_path_factory: pytest.TempPathFactory, path: str) -> Forecast:
+def forecast(checkpoint: Path, path: str) -> Forecast:
     """With forcings, a diagnostic, and a variable that has no value on some cells."""
-    return load(trained(tmp_path_factory, path), path)
+    return load(checkpoint, path)
 
 
 @pytest.fixture(scope="module")
@@ -137,13 +132,9 @@ def test_grids_of_many_degrees_in_chunks_make_a_program_of_bounded_size(
 
 
 def test_the_command_writes_what_python_writes(
-    tmp_path_factory: pytest.TempPathFactory,
-    tmp_path: Path,
-    path: str,
-    exported: Exported,
-    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path, path: str, checkpoint: Path, exported: Exported, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["--ckpt-path", str(trained(tmp_path_factory, path)), "--dataset", path]
+    words = ["--ckpt-path", str(checkpoint), "--dataset", path]
     output = ["--output", str(tmp_path / "a" / "model.pt2")]
     main([*words, *output, "--json"])
     told = json.loads(capsys.readouterr().out)

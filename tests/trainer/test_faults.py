@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zarr
-from forecasting import START, trained
+from forecasting import START
 from runs import Run, checkpoint, fit, gone, tiny, waves
 
 SECONDS = 15.0  # for all ranks to end; what hangs takes ten minutes
@@ -62,11 +62,10 @@ def test_a_killed_rank_of_those_that_the_trainer_started_is_named(tmp_path):
 
 
 @pytest.fixture
-def predicting(dataset_of, tmp_path, tmp_path_factory):
+def predicting(path, checkpoint, tmp_path):
     """`predicting(ranks, *more)`: the first of many forecasts under way."""
-    path = dataset_of("octahedral", 2)
     dates = (f"--start={START}", "--end=2021-03-10", "--lead-time=24h")
-    given = (f"--ckpt_path={trained(tmp_path_factory, path)}", f"--dataset={path}", *dates)
+    given = (f"--ckpt_path={checkpoint}", f"--dataset={path}", *dates)
 
     def begin(ranks, *more):
         run = Run(tmp_path, "predict", *given, "--num_gpus_per_model=2", *more, ranks=ranks)

@@ -26,16 +26,6 @@ AXES = (0, 1, 2)  # all but the variables
 
 
 @pytest.fixture(scope="module")
-def path(dataset_of: Callable[..., str]) -> str:
-    return dataset_of("octahedral", 2)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory, path: str) -> Path:
-    return trained(tmp_path_factory, path)
-
-
-@pytest.fixture(scope="module")
 def precise(tmp_path_factory: pytest.TempPathFactory, path: str) -> Path:
     return trained(tmp_path_factory, path, "--trainer.precision=64-true")
 

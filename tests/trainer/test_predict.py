@@ -37,16 +37,6 @@ AXES = (0, 2, 3)  # all but the variables
 
 
 @pytest.fixture(scope="module")
-def path(dataset_of: Callable[..., str]) -> str:
-    return dataset_of("octahedral", 2)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory, path: str) -> Path:
-    return trained(tmp_path_factory, path)
-
-
-@pytest.fixture(scope="module")
 def written(
     run: Callable[..., list[Any]], checkpoint: Path, path: str, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[int, Path]:
