@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from contextlib import suppress
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from shardio.errors import DatasetError, OutputError
+
+ZIP = b"PK\x03\x04"  # how every checkpoint begins
 
 
 class AtomicCheckpointIO(CheckpointIO):
@@ -38,7 +41,7 @@ class AtomicCheckpointIO(CheckpointIO):
             if not isinstance(error, OSError | RuntimeError):  # torch reports a full disk as RuntimeError
                 raise  # an interrupt
             raise OutputError(
-                f"the checkpoint {target} cannot be written: {_first_line(error)}. The previous checkpoint is "
+                f"the checkpoint {target} cannot be written: {_first_line(str(error))}. The previous checkpoint is "
                 "untouched. Free space, then resume from it with --ckpt_path last."
             ) from error
 
@@ -87,18 +90,29 @@ class KeepLast(Checkpoint):
             trainer.save_checkpoint(self.path)
 
 
-def load(path: str | os.PathLike[str], device: Any = "cpu") -> dict[str, Any]:
+def step_of(path: str | os.PathLike[str]) -> int:
+    """The step it was written at; its tensors stay on the disk."""
+    return int(load(path, mmap=True)["global_step"])
+
+
+def load(path: str | os.PathLike[str], device: Any = "cpu", mmap: bool = False) -> dict[str, Any]:
     """The checkpoint at `path`; DatasetError if it is not there or not whole."""
     try:
-        checkpoint: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+        with open(path, "rb") as file:
+            if file.read(len(ZIP)) != ZIP:  # torch would guess at an older format, and advise to run its code
+                raise DatasetError(f"{path} is no checkpoint of `trainer fit`. Give the path of a .ckpt file.")
+        checkpoint: dict[str, Any] = torch.load(path, map_location=device, weights_only=True, mmap=mmap)
         return checkpoint
+    except DatasetError:
+        raise
     except FileNotFoundError as error:
         raise DatasetError(f"there is no checkpoint {path}. Give the path of a .ckpt file.") from error
     except Exception as error:  # a damaged zip shows in many ways
+        why = "it holds more than tensors, numbers and texts" if isinstance(error, UnpicklingError) else str(error)
         raise DatasetError(
-            f"the checkpoint {path} cannot be read: {_first_line(error)}. Use another checkpoint of the run."
+            f"the checkpoint {path} cannot be read: {_first_line(why)}. Use another checkpoint of the run."
         ) from error
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0]
+def _first_line(message: str) -> str:
+    return message.strip().partition("\n")[0]

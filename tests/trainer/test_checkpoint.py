@@ -8,7 +8,7 @@ import torch
 from runs import Run, checkpoint, fit, tiny
 
 from shardio.errors import DatasetError, OutputError
-from trainer.checkpoint import AtomicCheckpointIO, KeepLast, load
+from trainer.checkpoint import AtomicCheckpointIO, KeepLast, load, step_of
 
 
 @pytest.fixture(scope="module")
@@ -112,8 +112,15 @@ def test_what_is_no_checkpoint_is_refused_with_the_remedy(tmp_path):
     with pytest.raises(DatasetError, match=r"cannot be read: .*Use another checkpoint of the run"):
         load(tmp_path / "cut.ckpt")
     torch.save({"code": OutputError}, tmp_path / "code.ckpt")
-    with pytest.raises(DatasetError, match="cannot be read"):
+    with pytest.raises(DatasetError, match="cannot be read: it holds more than tensors, numbers and texts. Use"):
         load(tmp_path / "code.ckpt")
+    (tmp_path / "my.yaml").write_text("data: {}\n")
+    with pytest.raises(DatasetError, match=r"my.yaml is no checkpoint of `trainer fit`. Give the path of a \.ckpt file"):
+        load(tmp_path / "my.yaml")
+
+
+def test_the_step_of_a_checkpoint_is_known(runs):
+    assert step_of(runs[0].output / "checkpoints" / "last.ckpt") == checkpoint(runs[0].output)["global_step"] == 14
 
 
 def test_a_checkpoint_every_less_than_one_step_is_refused(tmp_path):
