@@ -1,4 +1,4 @@
-"""Small arrays of a remote dataset, in the types that weather datasets use; zarr-python reads the local ones."""
+"""Small arrays, in the types that weather datasets use: of remote datasets, and large ones of local datasets."""
 
 from __future__ import annotations
 
@@ -25,11 +25,10 @@ def small_array(store: Store, name: str) -> NDArray[Any] | None:
         raise DatasetError(
             f"{store.url}/{name} is stored in a way that remote reading does not know. Copy it here first."
         )
-    values = np.full(layout.shape, 0 if layout.fill_value is None else layout.fill_value, layout.dtype)
+    values = np.empty(layout.shape, layout.dtype)
     for chunk in itertools.product(*(range(n) for n in layout.grid)):
         stored = store.get(f"{name}/{layout.file_of(chunk)[0]}")
-        if stored is not None:
-            _fill(values, chunk, stored, layout, f"{store.url}/{name}")
+        _fill(values, chunk, stored, layout, f"{store.url}/{name}")
     return values.view(dtype)
 
 
@@ -55,13 +54,19 @@ def _with_dates(metadata: dict[str, Any], where: str) -> tuple[ArrayLayout, np.d
     return layout, dtype
 
 
-def _fill(values: NDArray[Any], chunk: tuple[int, ...], stored: bytes, layout: ArrayLayout, where: str) -> None:
+def _fill(values: NDArray[Any], chunk: tuple[int, ...], stored: bytes | None, layout: ArrayLayout, where: str) -> None:
     assert layout.codec is not None
-    decoded = np.empty(layout.chunks, layout.dtype)
+    whole = tuple(slice(0, n) for n in layout.shape)
+    pairs = [overlap(cut, i, n) for cut, i, n in zip(whole, chunk, layout.chunks, strict=True)]
+    place, inner = (tuple(pair[side] for pair in pairs) for side in (0, 1))
+    if stored is None:
+        values[place] = 0 if layout.fill_value is None else layout.fill_value
+        return
+    in_place = layout.chunks == layout.shape
+    decoded = values if in_place else np.empty(layout.chunks, layout.dtype)
     try:
         layout.codec.decode(memoryview(stored)[: len(stored) - 4 * layout.checked], decoded)
     except ChunkError as error:
         raise DatasetError(f"{where} cannot be read: {error}") from error
-    whole = tuple(slice(0, n) for n in layout.shape)
-    pairs = [overlap(cut, i, n) for cut, i, n in zip(whole, chunk, layout.chunks, strict=True)]
-    values[tuple(place for place, _ in pairs)] = decoded[tuple(inner for _, inner in pairs)]
+    if not in_place:
+        values[place] = decoded[inner]

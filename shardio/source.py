@@ -171,7 +171,11 @@ class AnemoiSource:
 
     def _coordinates(self, name: str) -> NDArray[np.float64]:
         """Read when first asked for: at 9 km they are 50 MB each, and who only reads fields need not have them."""
-        return self.required(name, self.layout.shape[3]).astype(np.float64, copy=False)
+        layout = parse(array_metadata(self._store, name) or {}, f"{self.path}/{name}")
+        known = layout.codec is not None and layout.zarr_shards is None
+        values = small_array(self._store, name) if known else self.required(name, self.layout.shape[3])
+        assert values is not None
+        return values.astype(np.float64, copy=False)
 
     @cached_property
     def extras(self) -> tuple[Extra, ...]:
