@@ -149,12 +149,12 @@ def _read(dataset: Dataset, reading: Reading, rank: int) -> int:
 
 def print_measurement(found: Json) -> None:
     """The measurement as tables on stdout."""
-    from rich.console import Console
     from rich.table import Table
 
+    from shardio.info import screen
     from shardio.progress import size
 
-    console = Console()
+    console = screen()
     console.print(
         f"{found['path']}: one of {found['ranks']} ranks, {found['grid_chunks']} grid-chunks, {found['cores']} cores"
     )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,7 +16,11 @@ from shardio.progress import size
 from shardio.source import AnemoiSource, Source, open_source
 from shardio.statistics import NAMES
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
 Json = dict[str, Any]
+WIDEST = 2**14  # characters of a line
 
 
 def describe(path: str, ranks: int | None = None) -> Json:
@@ -101,12 +106,18 @@ def _read_by(source: AnemoiSource, ranks: int) -> Json:
     }
 
 
+def screen() -> Console:
+    """Stdout for tables: as wide as the terminal; in a file or a pipe no line is broken, for who searches in it."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else WIDEST, markup=False)
+
+
 def print_description(about: Json) -> None:
     """The description as tables on stdout."""
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console = screen()
     shape = about["shape"]
     rows = [
         ("shape", "  ".join(f"{n} {name}" for name, n in shape.items())),
@@ -136,8 +147,9 @@ def print_description(about: Json) -> None:
         ]
     console.print(about["path"])
     overview = Table(show_header=False, box=None)
+    overview.add_column(style="bold")
     for name, value in rows:
-        overview.add_row(f"[bold]{name}", value)
+        overview.add_row(name, value)
     console.print(overview)
     if about["statistics"]:
         table = Table("variable", *NAMES, box=None)
@@ -157,10 +169,12 @@ def _print_ranks(read: Json, order: str, console: Any) -> None:
         f"read amplification {read['read_amplification']:.3f}"
     )
     border = read["border_cells"]
-    other, remedy = ("compact", " (rechunk --order compact)") if order == "native" else ("native", "")
+    other = "compact" if order == "native" else "native"
+    # What is less by less than the estimate may be wrong by is not worth a rewrite.
+    remedy = f" (rechunk --order {other})" if border[other] < 0.8 * border[order] else ""
     console.print(
-        f"cells of other ranks beside those of a rank: at most about {border[order]}; in {other} order "
-        f"{border[other]}{remedy}"
+        f"cells of other ranks beside those of a rank: about {border[order]} for the rank with most; in {other} order "
+        f"about {border[other]}{remedy}"
     )
     table = Table("rank", "cells", "grid-chunks", "bytes per date", box=None)
     for each in read["each"]:

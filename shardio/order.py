@@ -28,7 +28,9 @@ CELL_ORDER = "cell_order"
 ORDERS = ("compact", "native")
 DESCRIBED = ("field_shape", "resolution")  # attributes that say how the cells lie; their native values are kept aside
 LEAF = 64  # cells that stay in their native order: cutting a piece of that size gains nothing
-MOST_SURVEYED = 2**18  # cells, for an estimate
+MOST_SURVEYED = 2**17  # cells, for an estimate
+NEIGHBOURHOOD = 32  # cells that are compared with one another, for an estimate
+REACH = 6  # neighbours of a cell: the ring around it, on triangles as on squares with their corners
 
 Int64 = NDArray[np.int64]
 
@@ -171,42 +173,74 @@ def _taken(extra: Extra, places: Int64) -> Extra:
 
 # ---------------------------------------------------------------------------------------------------- what it is worth
 def border_cells(source: Source, bounds: Sequence[int]) -> dict[str, int]:
-    """Estimated cells of other ranks beside those of a rank, of the rank that has most, by order.
+    """About how many cells of other ranks lie beside those of a rank, for the rank that has most, by order.
+
+    Beside a cell are its nearest, as far as `REACH` of them: whatever the grid, whatever the spacing there.
 
     Args: bounds: [ranks + 1], first cell of every rank, then the number of cells.
     """
     own = cell_order(source)
     native = slice(None) if own is None else np.argsort(own)
     step = math.ceil(len(source.latitudes) / MOST_SURVEYED)
-    places = [values[native][::step] for values in (source.latitudes, source.longitudes)]
-    cells = len(places[0])
-    ranks = np.searchsorted(np.array(bounds[1:]), np.arange(cells) * step, side="right")
-    boxes = _boxes(_positions(*places))
+    surveyed = np.arange(0, len(source.latitudes), step)
+    if step > 1:  # in every run of cells another one: each step-th would thin out rows, but not their number
+        surveyed += np.random.default_rng(0).integers(step, size=surveyed.size)
+        surveyed = np.minimum(surveyed, len(source.latitudes) - 1)
+    places = [values[native][surveyed] for values in (source.latitudes, source.longitudes)]
+    ranks = np.searchsorted(np.array(bounds[1:]), surveyed, side="right")
     compact = np.empty_like(ranks)
     compact[compact_order(*places)] = ranks
-    longer = math.sqrt(step)  # a border has as many more cells where all cells are counted
-    return {
-        name: round(longer * _beside(boxes, of, len(bounds) - 1))
-        for name, of in (("native", ranks), ("compact", compact))
-    }
+    cells, beside = _neighbours(_positions(*places))
+
+    def most(of: Int64) -> int:
+        other = of[cells] != of[beside]
+        met = np.unique(of[cells][other] * surveyed.size + beside[other])  # once, however many it is beside
+        longer = math.sqrt(step)  # a border has as many more cells where all cells are counted
+        return round(longer * int(np.bincount(met // surveyed.size, minlength=1).max()))
+
+    return {"native": most(ranks), "compact": most(compact)}
 
 
-def _boxes(position: NDArray[np.float32]) -> Int64:
-    """[cell] a number for every cell, the same for cells in one cube of a few cells."""
-    cells = position.shape[1]
-    # Turned, for borders run along the axes: they would fall between the cubes.
-    turned = np.array([[1, 2, 2], [2, 1, -2], [2, -2, 1]]) / 3.0 @ position
-    edge = 4.0 * math.sqrt(4.0 * math.pi / cells)
-    while True:
-        cube = np.floor(turned / edge).astype(np.int64) + 2**20
-        _, boxes = np.unique((cube[0] << 42) | (cube[1] << 21) | cube[2], return_inverse=True)
-        if 4 * (boxes.max() + 1) >= cells or edge < 1e-5:
-            return boxes
-        edge /= 2.0
+def _neighbours(position: NDArray[np.float32]) -> Int64:
+    """[2, pair] cells and those beside them, but for about one in a hundred."""
+    # Neighbours share a neighbourhood, unless it is cut between them: three are cut differently, and none along an axis
+    # of the globe, as rows of cells and compact regions are.
+    turns = (
+        np.array([[1, 2, 2], [2, 1, -2], [2, -2, 1]]) / 3.0,
+        np.array([[2, 3, 6], [3, -6, 2], [6, 2, -3]]) / 7.0,
+        np.array([[1, 4, 8], [4, 7, -4], [8, -4, 1]]) / 9.0,
+    )
+    groups = [_neighbourhoods(turn @ position) for turn in turns]
+    apart = [_squared_distances(position[:, group]) for group in groups]
+    reach = np.full(position.shape[1], np.inf, np.float32)
+    for group, squared in zip(groups, apart, strict=True):
+        nearest = min(REACH, group.shape[1] - 1)  # the first is the cell itself
+        np.minimum.at(reach, group, np.partition(squared, nearest, axis=2)[..., nearest])
+    found = []
+    for group, squared in zip(groups, apart, strict=True):
+        where, one, other = np.nonzero(squared <= 1.001 * reach[group][..., None])
+        found.append(np.stack([group[where, one], group[where, other]]))
+    return np.concatenate(found, axis=1)
 
 
-def _beside(boxes: Int64, ranks: Int64, count: int) -> int:
-    """Cells of others that share a box with cells of a rank, at most."""
-    met, cells = np.unique(boxes * count + ranks, return_counts=True)
-    others = np.bincount(boxes)[met // count] - cells
-    return int(np.bincount(met % count, others).max())
+def _neighbourhoods(position: NDArray[np.float64]) -> Int64:
+    """[group, cell] halves of halves, each cut where it is widest; a cell of a smaller group may be there twice."""
+    order, bounds = np.arange(position.shape[1]), np.array([0, position.shape[1]])
+    while np.diff(bounds).max() > NEIGHBOURHOOD:
+        group = np.repeat(np.arange(bounds.size - 1), np.diff(bounds))
+        placed = position[:, order]
+        extent = np.maximum.reduceat(placed, bounds[:-1], axis=1) - np.minimum.reduceat(placed, bounds[:-1], axis=1)
+        along = placed[np.argmax(extent, axis=0)[group], np.arange(order.size)]
+        order = order[np.argsort(4.0 * group + along)]  # groups stay together: all lies within -1 and 1
+        bounds = np.sort(np.concatenate([bounds, (bounds[:-1] + bounds[1:]) // 2]))
+    places = bounds[:-1, None] + np.arange(np.diff(bounds).max())
+    groups: Int64 = order[np.minimum(places, bounds[1:, None] - 1)]
+    return groups
+
+
+def _squared_distances(position: NDArray[np.float32]) -> NDArray[np.float32]:
+    """[group, cell, cell] of `position` [3, group, cell]."""
+    squared = np.zeros((*position.shape[1:], position.shape[2]), np.float32)
+    for along in position:
+        squared += np.square(along[:, :, None] - along[:, None, :])
+    return squared

@@ -1,5 +1,6 @@
 import itertools
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -78,3 +79,13 @@ def test_statistics_of_nan_are_valid_json(build, rechunk, cli, tmp_path):
 
     assert json.loads(text, parse_constant=refuse)["statistics"]["v_0"]["mean"] is None
     assert np.isnan(source.values).all()
+
+
+def test_no_line_is_broken_where_stdout_is_no_terminal(made, process, tmp_path):
+    long = tmp_path / ("a" * 100) / "[b]old.zarr"
+    long.parent.mkdir()
+    shutil.copytree(made[1] / "3.zarr", long)
+    shown = process("info", long, "--ranks", 7).stdout.splitlines()
+    assert str(long) in shown
+    assert sum(line.startswith("cells of other ranks beside those of a rank") for line in shown) == 1
+    assert max(map(len, shown)) < 300, "nor filled up with blanks"

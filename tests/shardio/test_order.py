@@ -7,6 +7,7 @@ import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -363,22 +364,89 @@ def test_info_shows_the_order_and_what_it_saves(cli, tmp_path):
     assert "(rechunk --order compact)" in " ".join(cli("info", tmp_path / "c.zarr", "--ranks", 16).stdout.split())
 
 
-@pytest.mark.parametrize("ranks", [4, 16])
-def test_estimate_of_borders_is_near_the_cells_within_one_spacing_and_a_half(ranks, tmp_path, cli):
+def raster(latitudes, longitudes):
+    return [values.ravel() for values in np.meshgrid(latitudes, longitudes, indexing="ij")]
+
+
+def irregular(cells=9_000):
+    """Ten times as many cells in an eighth of the globe as elsewhere, row after row."""
+    random = np.random.default_rng(0)
+    latitudes, longitudes = np.degrees(np.arcsin(random.uniform(-1, 1, 3 * cells))), random.uniform(0, 360, 3 * cells)
+    kept = random.random(3 * cells) < np.where((latitudes > 20) & (longitudes < 120), 1, 0.1)
+    order = np.argsort(-latitudes[kept])
+    return latitudes[kept][order], longitudes[kept][order]
+
+
+GRIDS = {
+    "octahedral": octahedral("o48")[:2],
+    "regular, with poles": raster(np.linspace(90, -90, 61), np.arange(0, 360, 3)),
+    "regular, without": raster(np.linspace(89, -89, 90), np.arange(0, 360, 2)),
+    "limited area": raster(np.linspace(40, 60, 41), np.linspace(-10, 20, 61)),
+    "small limited area": raster(np.linspace(45, 45.5, 50), np.linspace(5, 5.5, 40)),
+    "irregular": irregular(),
+}
+
+
+def on(latitudes, longitudes):
+    return SimpleNamespace(
+        latitudes=np.asarray(latitudes),
+        longitudes=np.asarray(longitudes),
+        extent=SimpleNamespace(shape=(1, 1, 1, len(latitudes))),
+    )
+
+
+def counted_beside(latitudes, longitudes, bounds):
+    """Cells of others that are as near to a cell as the sixth nearest, by a tree; of the rank with most."""
     from scipy.spatial import cKDTree
 
-    cli("synth", tmp_path / "a.zarr", "--grid", "o48", "--dates", 1, "--no-fsync")
-    source = open_source(tmp_path / "a.zarr")
-    cells = len(source.latitudes)
-    bounds = partition(cells, ranks, -(-cells // 16)).bounds
-    estimate = border_cells(source, bounds)
-    orders = {"native": np.arange(cells), "compact": compact_order(source.latitudes, source.longitudes)}
-    for name, order in orders.items():
-        lat, lon = np.radians(source.latitudes[order]), np.radians(source.longitudes[order])
-        position = np.stack([np.cos(lat) * np.cos(lon), np.cos(lat) * np.sin(lon), np.sin(lat)], axis=1)
-        tree, most = cKDTree(position), 0
-        for first, stop in pairwise(bounds):
-            near = tree.query_ball_point(position[first:stop], 1.5 * np.sqrt(4 * np.pi / cells))
-            beside = np.unique(np.concatenate(near).astype(int))
-            most = max(most, int(((beside < first) | (beside >= stop)).sum()))
-        assert 0.6 < estimate[name] / most < 1.6
+    lat, lon = np.radians(latitudes), np.radians(longitudes)
+    position = np.stack([np.cos(lat) * np.cos(lon), np.cos(lat) * np.sin(lon), np.sin(lat)], axis=1)
+    tree = cKDTree(position)
+    reach = tree.query(position, 7)[0][:, -1]
+    most = 0
+    for first, stop in pairwise(bounds):
+        near = tree.query_ball_point(position[first:stop], 1.001 * reach[first:stop] + 1e-9)
+        beside = np.unique(np.concatenate(near).astype(int))
+        most = max(most, int(((beside < first) | (beside >= stop)).sum()))
+    return most
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 16])
+@pytest.mark.parametrize("name", GRIDS)
+def test_estimate_of_borders_is_near_what_a_tree_counts(name, ranks):
+    latitudes, longitudes = (np.asarray(values) for values in GRIDS[name])
+    bounds = partition(latitudes.size, ranks, -(-latitudes.size // 16)).bounds
+    estimate = border_cells(on(latitudes, longitudes), bounds)
+    for order in ("native", "compact"):
+        placed = np.arange(latitudes.size) if order == "native" else compact_order(latitudes, longitudes)
+        counted = counted_beside(latitudes[placed], longitudes[placed], bounds)
+        assert 0.9 < estimate[order] / counted < 1.25, order
+
+
+@pytest.mark.parametrize("name", ["octahedral", "regular, without", "irregular"])
+def test_estimate_of_borders_holds_where_not_all_cells_are_looked_at(name, monkeypatch):
+    whole = on(*GRIDS[name])
+    bounds = partition(len(whole.latitudes), 4, -(-len(whole.latitudes) // 16)).bounds
+    all_cells = border_cells(whole, bounds)
+    monkeypatch.setattr("shardio.order.MOST_SURVEYED", 3_000)
+    for order, estimate in border_cells(whole, bounds).items():
+        assert 0.6 < estimate / all_cells[order] < 1.5, order
+
+
+@pytest.mark.parametrize("cells", [1, 2, 7])
+def test_few_cells_have_borders_too(cells):
+    few = on(np.linspace(50, 40, cells), np.linspace(0, 9, cells))
+    assert border_cells(few, (0, cells))["native"] == 0
+    assert border_cells(few, tuple(range(cells + 1)))["native"] == cells - 1
+
+
+def test_info_names_the_command_only_where_it_saves(build, rechunk, cli, tmp_path):
+    made = build(tmp_path / "a.zarr", shape=(1, 1, 1, 2501), chunks=(1, 1, 1, 2501))
+    group = zarr.open_group(made.path, mode="r+", use_consolidated=False)
+    group["latitudes"][...], group["longitudes"][...] = GRIDS["limited area"]
+    rechunk(made.path, tmp_path / "b.zarr", 4, order="compact")
+    two, many = (cli("info", made.path, "--ranks", ranks).stdout for ranks in (2, 16))
+    assert "beside those of a rank: about 62 for the rank with most; in compact order about" in two
+    assert "rechunk --order" not in two
+    assert "rechunk --order" not in cli("info", tmp_path / "b.zarr", "--ranks", 16).stdout
+    assert "(rechunk --order compact)" in many
