@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,8 @@ def export(
     Raises: OutputError if another file is there, or it cannot be written.
     """
     dataset, target = open_dataset(source), Path(path)
-    origin = json.dumps(dataset.parts[0].source.attributes.get("shardio", {}), sort_keys=True)
+    identity = json.dumps(dataset.parts[0].source.attributes.get("shardio", {}), sort_keys=True)
+    origin = sha256(identity.encode()).hexdigest()
     if target.exists() and not overwrite:
         if _origin_of(target) == origin:
             return False
@@ -59,11 +61,11 @@ def export(
 
 def _write(file: Any, dataset: Dataset, origin: str, report: Callable[[int, int], None]) -> None:
     about = dataset.parts[0].source.attributes
-    file.setncatts({"Conventions": CONVENTIONS, "title": about.get("description", ""), "shardio_origin": origin})
+    file.setncatts({"Conventions": CONVENTIONS, "title": about.get("description", ""), "source_digest": origin})
     file.setncatts({key: value for key, value in about.get("forecast", {}).items() if isinstance(value, str)})
     horizontal, shape, coordinates = _write_places(file, dataset)
     members = dataset.shape[2]
-    time, start = _write_times(file, dataset, about.get("forecast", {}).get("initial_date"))
+    time, of_forecast = _write_times(file, dataset, about.get("forecast", {}).get("initial_date"))
     if members > 1:
         file.createDimension("realization", members)
         number = file.createVariable("realization", "i4", ("realization",))
@@ -77,8 +79,8 @@ def _write(file: Any, dataset: Dataset, origin: str, report: Callable[[int, int]
             name, "f4", (*front, *horizontal), fill_value=np.float32(np.nan), zlib=True, complevel=1, chunksizes=chunks
         )
         made.setncatts(_attributes(dataset, name))
-        if coordinates or start:
-            made.coordinates = f"{coordinates} {start}".strip()
+        if coordinates or of_forecast:
+            made.coordinates = f"{coordinates} {of_forecast}".strip()
         variables.append(made)
     for date in range(len(dataset)):
         time[date] = (dataset.dates[date] - EPOCH).astype(np.int64)
@@ -123,17 +125,21 @@ def _axes(dataset: Dataset) -> tuple[NDArray[np.float64], NDArray[np.float64]] |
 
 
 def _write_times(file: Any, dataset: Dataset, initial: str | None) -> tuple[Any, str]:
-    """The variable of the valid times, to be filled, and the name of that of the initial date."""
+    """The variable of the valid times, to be filled, and the coordinates of a forecast: initial date and lead times."""
     file.createDimension("time", None)
     time = file.createVariable("time", "i8", ("time",))
     units = {"units": "seconds since 1970-01-01 00:00:00", "calendar": "standard"}
     time.setncatts({"standard_name": "time", **units})
     if initial is None:
         return time, ""
+    began = np.datetime64(initial, "s")
     start = file.createVariable("forecast_reference_time", "i8")
     start.setncatts({"standard_name": start.name, **units})
-    start[...] = (np.datetime64(initial, "s") - EPOCH).astype(np.int64)
-    return time, start.name
+    start[...] = (began - EPOCH).astype(np.int64)
+    period = file.createVariable("forecast_period", "f8", ("time",))
+    period.setncatts({"standard_name": period.name, "units": "hours"})
+    period[:] = (dataset.dates - began) / np.timedelta64(1, "h")
+    return time, f"{start.name} {period.name}"
 
 
 def _attributes(dataset: Dataset, name: str) -> dict[str, str]:
@@ -145,7 +151,7 @@ def _attributes(dataset: Dataset, name: str) -> dict[str, str]:
 def _origin_of(path: Path) -> str | None:
     try:
         with netCDF4.Dataset(path) as file:
-            origin: str | None = getattr(file, "shardio_origin", None)
+            origin: str | None = getattr(file, "source_digest", None)
             return origin
     except (OSError, RuntimeError):
         return None

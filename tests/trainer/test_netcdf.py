@@ -54,9 +54,12 @@ def test_a_table_of_cells_has_latitude_and_longitude_axes(forecast: Callable[...
         assert found["longitude"].values.tolist() == [0.0, 60.0, 120.0, 180.0, 240.0, 300.0]
         assert found["time"].values.astype("datetime64[s]").tolist() == open_dataset(path).dates.tolist()
         assert found["forecast_reference_time"].values == np.datetime64(START)
+        assert found["forecast_period"].values.tolist() == [6.0, 12.0, 18.0]
+        assert set(found["tp"].coords) >= {"forecast_reference_time", "forecast_period"}
         assert set(found.data_vars) == set(NAMES)
         assert found["t_850"].attrs == {"units": "K", "long_name": "temperature"}
         assert found.attrs["Conventions"] == "CF-1.8"
+        assert max(len(str(value)) for value in found.attrs.values()) <= 64  # one line each
         for v, name in enumerate(NAMES):
             ours, theirs = found[name].values.reshape(3, 24), open_dataset(path)[:, v, 0]
             assert ours.dtype == np.float32
