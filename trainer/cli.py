@@ -33,6 +33,7 @@ from trainer.launcher import started_by_others
 from trainer.module import ForecastModule
 from trainer.preflight import check
 from trainer.report import show
+from trainer.run_folder import CHECKPOINTS, claim, clear, described, refuse_existing
 from trainer.strategy import DDPGroupStrategy
 
 DESCRIPTION = """Train forecast models that never see the full grid.
@@ -114,6 +115,7 @@ class TrainerCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_class_arguments(DDPGroupStrategy, "strategy")
         parser.add_argument("--output", type=str, default="run", help="Folder of the run: checkpoints, logs, pictures.")
+        parser.add_argument("--overwrite", action="store_true", help="Replace the run that is in --output.")
         parser.add_argument("--save_every", type=int, default=500, help="Steps between checkpoints.")
         parser.add_argument("--tensorboard", type=bool, default=False, help="Log for TensorBoard too.")
         parser.add_argument(
@@ -170,7 +172,12 @@ class TrainerCLI(LightningCLI):
     @property
     def checkpoints(self) -> Path:
         """Their folder."""
-        return Path(self.option("output")) / "checkpoints"
+        return self.folder / CHECKPOINTS
+
+    @property
+    def folder(self) -> Path:
+        """Of the run."""
+        return Path(self.option("output"))
 
     def option(self, name: str) -> Any:
         """As given in the YAML or as a flag."""
@@ -181,10 +188,12 @@ class TrainerCLI(LightningCLI):
 
     def run(self) -> None:
         """Fit or validate; the result goes to stdout, all else to stderr."""
-        check(self.trainer, self.model, self.datamodule)
         assert self.subcommand is not None
         options = self._prepare_subcommand_kwargs(self.subcommand)
         options["ckpt_path"] = self._checkpoint_path()
+        check(self.trainer, self.model, self.datamodule)
+        if self.subcommand == "fit":
+            self._take_folder(options["ckpt_path"])
         if self.subcommand == "validate":
             options["verbose"] = False  # we print the scores ourselves
         began = time.monotonic()
@@ -193,9 +202,23 @@ class TrainerCLI(LightningCLI):
         if self.trainer.is_global_zero:
             show(self, time.monotonic() - began)
 
+    def _take_folder(self, resumed: str | None) -> None:
+        """Every rank refuses to replace a run, so that none waits for the others; the first one holds the folder."""
+        first, overwrite = self.trainer.is_global_zero, self.option("overwrite")
+        if first:
+            claim(self.folder)
+        refuse_existing(self.folder, resumed, overwrite)
+        if first and overwrite:
+            clear(self.folder)
+
     def _checkpoint_path(self) -> str | None:
         """`last` and `best` are those of the run; to go on with `last` where none is yet means to begin."""
         path: str | None = self.option("ckpt_path")
+        if path is None and self.subcommand == "validate":
+            raise DatasetError(
+                "no checkpoint is named, and an untrained model has no scores. Give --ckpt_path last, best, or the "
+                "path of a .ckpt file."
+            )
         if path in ("last", "best"):
             path = str(self.checkpoints / f"{path}.ckpt")
             if self.subcommand == "fit" and path.endswith("last.ckpt") and not Path(path).exists():
@@ -230,13 +253,22 @@ def main(arguments: list[str] | None = None) -> None:
             command = cli.subcommand or ""
             cli.run()
         except KeyboardInterrupt:
-            _leave(130, f"Interrupted. {remedy(command)}".strip())
+            _leave(130, _interrupted(cli, command))
         except SystemExit as end:
             if cli is None:
                 raise  # of the parser
-            _leave(130 if cli.trainer.interrupted else end.code, f"Interrupted. {remedy(command)}")
+            _leave(130 if cli.trainer.interrupted else end.code, _interrupted(cli, command))
         except Exception as error:
             stop(error, command, debug, cli.end_ranks if cli else lambda: None)
+
+
+def _interrupted(cli: TrainerCLI | None, command: str) -> str:
+    """What is left, and how to go on."""
+    if cli is None or command != "fit":
+        return f"Interrupted. {remedy(command)}".strip()
+    if not (cli.checkpoints / "last.ckpt").exists():
+        return "Interrupted before the first checkpoint."
+    return f"Interrupted; {described(cli.folder)}. {remedy(command)}"
 
 
 def _leave(code: Any, message: str) -> None:

@@ -112,10 +112,10 @@ def test_what_is_no_checkpoint_is_refused_with_the_remedy(tmp_path):
     with pytest.raises(DatasetError, match=r"cannot be read: .*Use another checkpoint of the run"):
         load(tmp_path / "cut.ckpt")
     torch.save({"code": OutputError}, tmp_path / "code.ckpt")
-    with pytest.raises(DatasetError, match="cannot be read: it holds more than tensors, numbers and texts. Use"):
+    with pytest.raises(DatasetError, match=r"cannot be read: it holds more than tensors, numbers and texts\."):
         load(tmp_path / "code.ckpt")
     (tmp_path / "my.yaml").write_text("data: {}\n")
-    with pytest.raises(DatasetError, match=r"my.yaml is no checkpoint of `trainer fit`. Give the path of a \.ckpt file"):
+    with pytest.raises(DatasetError, match=r"my.yaml is no checkpoint of `trainer fit`. Give the path of a"):
         load(tmp_path / "my.yaml")
 
 

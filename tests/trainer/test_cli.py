@@ -161,6 +161,13 @@ def test_validate_prints_the_same_scores_as_a_table_and_as_json(trained):
     assert result["scores"]["t"]["12h"]["rmse"] == pytest.approx(logged, rel=1e-6)
 
 
+def test_validation_without_a_checkpoint_is_refused(trained):
+    run = Run(trained.folder, "validate", *tiny(*VALIDATION, "--trainer.devices=2"))
+    assert (run.wait(), run.started) == ([1], "")
+    assert run.errors.startswith("Error: no checkpoint is named")
+    assert "Give --ckpt_path last, best, or the path" in run.errors
+
+
 def test_ranks_that_torchrun_or_slurm_start_need_no_change_of_the_config(tmp_path):
     config = tmp_path / "my.yaml"
     config.write_text(f"data: {{dataset: {waves()}}}\nstrategy: {{num_gpus_per_model: 2}}\n")

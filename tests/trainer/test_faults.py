@@ -31,6 +31,11 @@ def messages(run):
     return lines
 
 
+def interrupted(run):
+    """What an interrupt says."""
+    return f"Interrupted; last checkpoint: step {checkpoint(run.output)['global_step']}. Resume with --ckpt_path last."
+
+
 def children(pid):
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
@@ -117,7 +122,7 @@ def test_an_interrupt_ends_all_ranks_and_leaves_a_checkpoint(tmp_path):
     (child,) = children(run.pids[0])
     os.killpg(run.pids[0], signal.SIGINT)  # as a terminal does
     assert run.wait(SECONDS) == [130]
-    assert run.errors.strip() == "Interrupted. Resume with --ckpt_path last."
+    assert run.errors.strip() == interrupted(run)
     time.sleep(0.5)
     assert gone(child)
     assert checkpoint(run.output)["global_step"] >= 2
@@ -128,7 +133,7 @@ def test_a_request_to_terminate_is_an_interrupt(tmp_path):
     run = under_way(tmp_path, *tiny(ENDLESS))
     os.kill(run.pids[0], signal.SIGTERM)
     assert run.wait(SECONDS) == [130]
-    assert run.errors.strip() == "Interrupted. Resume with --ckpt_path last."
+    assert run.errors.strip() == interrupted(run)
 
 
 def test_a_rank_that_hangs_is_given_up_after_the_timeout(tmp_path):

@@ -1,0 +1,73 @@
+"""The folder of a run: nothing in it is replaced unasked, and one training at a time writes to it."""
+
+import re
+
+import pytest
+from runs import Run, checkpoint, fit, gone, tiny, trace
+
+from trainer.run_folder import described
+
+LONG = tiny("--trainer.max_epochs=100000")
+SHORT = tiny("--trainer.max_steps=3", "--trainer.max_epochs=-1")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    return fit(tmp_path_factory.mktemp("trained"), *SHORT)
+
+
+@pytest.mark.parametrize("more", [[], ["--ckpt_path=other.ckpt"]])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_run_is_not_replaced_unasked(trained, ranks, more):
+    (trained.folder / "other.ckpt").write_bytes((trained.output / "checkpoints" / "last.ckpt").read_bytes())
+    run = Run(trained.folder, "fit", *SHORT, *more, ranks=ranks)
+    assert run.wait() == [1] * ranks
+    assert run.errors.endswith(
+        "run holds a run, last checkpoint: step 3. Use --ckpt_path last to go on with it, another --output to keep "
+        "it, or --overwrite to replace it.\n"
+    )
+    assert len(run.errors.splitlines()) == 1
+    assert run.started == ""
+    assert trained.steps == 3
+
+
+def test_overwrite_replaces_a_run_and_all_that_it_logged(tmp_path):
+    before = fit(tmp_path, *tiny("--trainer.max_steps=5", "--data.val_start=2020-01-06", "--trainer.max_epochs=-1"))
+    weights = checkpoint(before.output)["state_dict"]
+    run = fit(tmp_path, *SHORT, "--seed_everything=1", "--overwrite")
+    assert list(trace(run.output)) == [1, 2, 3]
+    assert [path.name for path in (run.output / "checkpoints").iterdir()] == ["last.ckpt"]
+    assert any(not weights[name].equal(values) for name, values in checkpoint(run.output)["state_dict"].items())
+
+
+def test_what_is_to_be_overwritten_cannot_be_resumed(trained):
+    run = Run(trained.folder, "fit", *SHORT, "--ckpt_path=last", "--overwrite")
+    assert run.wait() == [1]
+    assert "--overwrite would remove run/checkpoints/last.ckpt, from which to go on." in run.errors
+
+
+def test_a_second_training_into_the_same_folder_is_refused_until_the_first_has_ended(tmp_path):
+    first = Run(tmp_path, "fit", *LONG)
+    first.until(lambda: first.steps >= 1)
+    second = Run(tmp_path, "fit", *LONG, "--ckpt_path=last")
+    assert second.wait() == [1]
+    assert re.match(r"Error: another `trainer fit` is writing to run: process \d+ on \S+\. Wait", second.errors)
+    assert not gone(first.pids[0])
+    first.kill()
+    first.wait()
+    fit(tmp_path, *SHORT, "--ckpt_path=last", "--trainer.max_steps=-1", "--trainer.max_epochs=1")
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_ranks_start(tmp_path):
+    (tmp_path / "file").touch()
+    run = Run(tmp_path, "fit", *tiny("--output=file/run", "--trainer.devices=2"))
+    assert (run.wait(), run.started) == ([1], "")
+    assert run.errors.startswith("Error: the folder file/run cannot be written: ")
+    assert run.errors.endswith("Choose another with --output.\n")
+
+
+def test_a_run_whose_checkpoint_is_damaged_is_described_all_the_same(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    assert described(tmp_path) == "no last.ckpt"
+    (tmp_path / "checkpoints" / "last.ckpt").write_bytes(b"PK")
+    assert described(tmp_path).endswith("last.ckpt cannot be read")
