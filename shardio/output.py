@@ -133,6 +133,8 @@ def _attributes(source: Source, layout: ArrayLayout, total: NDArray[np.float64] 
         refreshed["uuid"] = str(
             uuid5(NAMESPACE_URL, f"{fingerprint}:{layout}:{source.variables}:{dates[0]}:{dates[-1]}")
         )
+    if source.statistics is None:
+        refreshed |= {"statistics_start_date": dates[0], "statistics_end_date": dates[-1]}
     return derived | found | refreshed
 
 

@@ -48,6 +48,8 @@ def plan_as_text(prepared: Prepared) -> str:
         f"  read {size(plan.bytes_read)} (amplification {plan.amplification:.2f}), "
         f"write {size(plan.bytes_written)} before compression, memory at most {size(plan.peak_memory)}",
     ]
+    if prepared.source.statistics is None:
+        lines.append("  statistics are computed in the same pass: the source has none")
     if prepared.source.extent.whole_dates:
         lines.append(f"  cells are put in {order_of(prepared.source)} order: every date is read whole")
     if plan.reason:

@@ -1,4 +1,5 @@
 import itertools
+import shutil
 import warnings
 
 import numpy as np
@@ -79,3 +80,16 @@ def test_output_of_a_source_without_statistics_holds_those_of_numpy(zarr_format,
         if n in before:  # the same cut: the same bits, whatever the memory
             assert all((arrays[name] == before[n][name]).all() for name in statistics.NAMES)
         before[n] = arrays
+
+
+@pytest.mark.parametrize("absent", [("stdev",), ("mean", "minimum")])
+def test_all_statistics_are_computed_where_some_are_absent(absent, build, rechunk, opened, cli, tmp_path):
+    source = build(tmp_path / "a.zarr", shape=(5, 3, 2, 23), chunks=(1, 3, 2, 23))
+    for name in absent:
+        shutil.rmtree(source.path / name)
+    assert "statistics     none" in cli("info", source.path).stdout
+    words = ("rechunk", source.path, tmp_path / "b.zarr", "-n", 4, "--start", str(source.dates[2]))
+    assert "statistics are computed in the same pass: the source has none" in cli(*words).stderr
+    arrays, attributes = opened(tmp_path / "b.zarr")
+    assert_equal(arrays, source.expected[2:].transpose(1, 0, 2, 3).reshape(3, -1))
+    assert attributes["statistics_start_date"] == str(source.dates[2]), "not those of the statistics that are gone"
