@@ -13,11 +13,12 @@ from shardio.job import refuse_unfinished
 from shardio.order import border_cells, order_of
 from shardio.partition import partition
 from shardio.progress import size
-from shardio.source import AnemoiSource, Source, open_source
+from shardio.source import AnemoiSource, Source, open_source, units_of
 from shardio.statistics import NAMES
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 Json = dict[str, Any]
 WIDEST = 2**14  # characters of a line
@@ -37,6 +38,7 @@ def describe(path: str, ranks: int | None = None) -> Json:
         "missing_dates": [str(date) for date in source.missing],
         "resolution": source.attributes.get("resolution"),
         "variables": list(source.variables),
+        "units": {name: units for name in source.variables if (units := units_of(source.attributes, name))},
         "statistics": {
             name: {key: _finite(values[i]) for key, values in (source.statistics or {}).items()}
             for i, name in enumerate(source.variables)
@@ -129,7 +131,7 @@ def print_description(about: Json) -> None:
             "missing dates",
             ", ".join(about["missing_dates"][:8]) + (" ..." if len(about["missing_dates"]) > 8 else "") or "none",
         ),
-        ("resolution", str(about["resolution"])),
+        ("resolution", _resolution(about["resolution"])),
     ]
     if "chunks" in about:
         per_date = about["files_per_date"]
@@ -145,19 +147,38 @@ def print_description(about: Json) -> None:
             ),
             ("complete", "yes" if about["complete"] else "no"),
         ]
+    if not about["statistics"]:
+        rows.append(("statistics", "none; rechunk computes them"))
     console.print(about["path"])
     overview = Table(show_header=False, box=None)
     overview.add_column(style="bold")
     for name, value in rows:
         overview.add_row(name, value)
     console.print(overview)
-    if about["statistics"]:
-        table = Table("variable", *NAMES, box=None)
-        for name, values in about["statistics"].items():
-            table.add_row(name, *("-" if values[key] is None else f"{values[key]:.6g}" for key in NAMES))
-        console.print(table)
+    console.print(_variables(about))
     if "ranks" in about:
         _print_ranks(about["ranks"], about["order"], console)
+
+
+def _resolution(said: Any) -> str:
+    """With its unit, where it is a number: the convention is degrees."""
+    try:
+        return f"{float(said):g} degrees"
+    except (TypeError, ValueError):
+        return "unknown" if said is None else str(said)
+
+
+def _variables(about: Json) -> Table:
+    """The names, and what is known of each."""
+    from rich.table import Table
+
+    units, statistics = about["units"], about["statistics"]
+    table = Table("variable", *["units"] * bool(units), *NAMES * bool(statistics), box=None)
+    for name in about["variables"]:
+        values = [statistics[name][key] for key in NAMES] if statistics else []
+        shown = ["-" if value is None else f"{value:.6g}" for value in values]
+        table.add_row(name, *[units.get(name, "")] * bool(units), *shown)
+    return table
 
 
 def _print_ranks(read: Json, order: str, console: Any) -> None:

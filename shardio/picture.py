@@ -9,7 +9,7 @@ import numpy as np
 from shardio.dates import parse_start
 from shardio.errors import SelectionError
 from shardio.job import refuse_unfinished
-from shardio.source import AnemoiSource, Selection, open_source
+from shardio.source import AnemoiSource, Selection, open_source, units_of
 
 MOST_POINTS = 60_000  # more cannot be told apart in the picture
 
@@ -49,6 +49,5 @@ def draw(path: str, variable: str, date: str | None, output: str) -> None:
 
 
 def _label(attributes: dict[str, object], variable: str) -> str:
-    metadata = attributes.get("variables_metadata", {})
-    units = metadata.get(variable, {}).get("units", "") if isinstance(metadata, dict) else ""
+    units = units_of(attributes, variable)
     return f"{variable} ({units})" if units else variable

@@ -133,6 +133,13 @@ def group_attributes(store: Store, name: str = "") -> Json:
     return found
 
 
+def units_of(attributes: Json, variable: str) -> str:
+    """As the attributes of a dataset say; empty where they do not."""
+    metadata = attributes.get("variables_metadata")
+    about = metadata.get(variable) if isinstance(metadata, dict) else None
+    return str(about.get("units", "")) if isinstance(about, dict) else ""
+
+
 class AnemoiSource:
     """An anemoi dataset: Zarr v2 or v3, any chunking, Zarr-sharded or not."""
 

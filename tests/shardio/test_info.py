@@ -4,6 +4,7 @@ import shutil
 
 import numpy as np
 import pytest
+import xarray
 
 from shardio.info import describe
 
@@ -89,3 +90,34 @@ def test_no_line_is_broken_where_stdout_is_no_terminal(made, process, tmp_path):
     assert str(long) in shown
     assert sum(line.startswith("cells of other ranks beside those of a rank") for line in shown) == 1
     assert max(map(len, shown)) < 300, "nor filled up with blanks"
+
+
+def test_variables_of_a_file_are_shown_with_their_units(cli, tmp_path):
+    coordinates = {
+        "time": np.datetime64("2020-01-01", "ns") + np.arange(2) * np.timedelta64(6, "h"),
+        "level": ("level", [850, 500], {"units": "hPa"}),
+        "latitude": ("latitude", np.linspace(90, -90, 7), {"units": "degrees_north"}),
+        "longitude": ("longitude", np.arange(0, 360, 30.0), {"units": "degrees_east"}),
+    }
+    fields = {
+        "t": (("time", "level", "latitude", "longitude"), np.zeros((2, 2, 7, 12), "f4"), {"units": "K"}),
+        "q": (("time", "latitude", "longitude"), np.zeros((2, 7, 12), "f4")),
+    }
+    xarray.Dataset(fields, coordinates).to_netcdf(tmp_path / "a.nc")
+    shown = [line.split() for line in cli("info", tmp_path / "a.nc").stdout.splitlines()]
+    assert ["t_850", "K"] in shown
+    assert ["t_500", "K"] in shown
+    assert ["q"] in shown
+    assert ["resolution", "30", "degrees"] in shown
+    assert ["statistics", "none;", "rechunk", "computes", "them"] in shown
+    about = json.loads(cli("info", tmp_path / "a.nc", "--json").stdout)
+    assert about["units"] == {"t_850": "K", "t_500": "K"}
+    assert about["resolution"] == "30"
+
+
+@pytest.mark.parametrize("resolution", ["o96", "100 cells", "o96, compact order", None])
+def test_a_resolution_in_words_is_shown_as_it_is(resolution, made, cli, tmp_path):
+    shutil.copytree(made[0].path, tmp_path / "a.zarr")
+    attributes = json.loads((tmp_path / "a.zarr/.zattrs").read_text()) | {"resolution": resolution}
+    (tmp_path / "a.zarr/.zattrs").write_text(json.dumps(attributes))
+    assert f"resolution     {resolution or 'unknown'} " in cli("info", tmp_path / "a.zarr").stdout
