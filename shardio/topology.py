@@ -48,9 +48,13 @@ class Topology:
         num_gpus_per_model: int = 1,
         read_group_size: int | None = None,
         num_gpus_per_ensemble: int | None = None,
-        environment: Mapping[str, str] = os.environ,
+        environment: Mapping[str, str] | None = None,
     ) -> Topology:
-        """World and rank from torchrun (WORLD_SIZE, RANK) or SLURM (SLURM_NTASKS, SLURM_PROCID); else one rank."""
+        """World and rank from torchrun (WORLD_SIZE, RANK) or SLURM (SLURM_NTASKS, SLURM_PROCID); else one rank.
+
+        Args: environment: default: that of this process.
+        """
+        environment = os.environ if environment is None else environment  # as a default, help() would print it all
         for world, rank in (("WORLD_SIZE", "RANK"), ("SLURM_NTASKS", "SLURM_PROCID")):
             if world in environment and rank in environment:
                 size, place = int(environment[world]), int(environment[rank])

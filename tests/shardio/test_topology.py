@@ -1,5 +1,6 @@
 """Rank arithmetic: groups partition the world, and errors name what would work."""
 
+import pydoc
 import re
 
 import pytest
@@ -128,3 +129,8 @@ def test_the_process_environment_is_the_default(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "6")
     monkeypatch.setenv("RANK", "4")
     assert Topology.from_environment(2) == Topology(6, 4, 2)
+
+
+def test_help_does_not_print_the_environment(monkeypatch):
+    monkeypatch.setenv("A_TOKEN", "it-is-secret")
+    assert "it-is-secret" not in pydoc.render_doc(Topology)
