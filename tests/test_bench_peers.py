@@ -38,10 +38,11 @@ def test_loader_table_has_a_row_for_a_peer_that_did_not_run() -> None:
 
 
 def test_rechunk_table_shows_both_formats_in_one_row() -> None:
-    medians = {name: {"seconds": 6.9, "cpu_seconds": 7.1} for name in ("limit", "shardio-v2", "shardio-v3")}
-    lines = rechunk_table({"shape": [24, 7, 1, 40], "medians": medians}, "command")
-    assert "| `shardio rechunk`, Zarr v2 / v3 | 7.1 / 7.1 | 6.9 / 6.9 | |" in lines
-    assert {line.count("|") for line in lines} == {5}
+    found = {"seconds": 6.9, "cpu_seconds": 7.1, "peak_mb": 467.3}
+    medians = dict.fromkeys(("limit", "shardio-v2", "shardio-v3"), found)
+    lines = rechunk_table({"shape": [24, 7, 1, 40], "chunks": 16, "medians": medians}, "command")
+    assert "| `shardio rechunk`, Zarr v2 / v3 | 6.90 / 6.90 | 7.10 / 7.10 | 467 / 467 | |" in lines
+    assert {line.count("|") for line in lines} == {6}
 
 
 def test_trainer_table_has_both_worlds_side_by_side() -> None:

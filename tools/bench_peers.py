@@ -65,17 +65,19 @@ def rechunk_table(found: Json, command: str) -> list[str]:
         "`shardio rechunk`, Zarr v2 / v3": ("shardio-v2", "shardio-v3"),
         "`anemoi-datasets copy`, as it comes": ("anemoi",),
         "`anemoi-datasets copy`, tuned": ("anemoi-tuned",),
+        "zarr-python, one date per core, by hand": ("zarr-python-threads",),
         "zarr-python, date after date": ("zarr-python",),
         "dask.array": ("dask",),
         "rechunker": ("rechunker",),
     }
     medians = found["medians"]
 
-    def cell(names: Sequence[str], key: str) -> str:
-        return " / ".join(f"{medians[name][key]:.1f}" if name in medians else ABSENT for name in names)
+    def cell(names: Sequence[str], key: str, digits: int) -> str:
+        return " / ".join(f"{medians[name][key]:.{digits}f}" if name in medians else ABSENT for name in names)
 
-    cells = {label: [cell(names, "cpu_seconds"), cell(names, "seconds")] for label, names in rows.items()}
-    return markdown(f"{found['shape'][0]} dates to grid-chunks", ["processor seconds", "seconds"], cells, command)
+    columns = {"s": ("seconds", 2), "processor s": ("cpu_seconds", 2), "peak MB": ("peak_mb", 0)}
+    cells = {label: [cell(names, *column) for column in columns.values()] for label, names in rows.items()}
+    return markdown(f"{found['shape'][0]} dates from 1 to {found['chunks']} grid-chunks", list(columns), cells, command)
 
 
 def trainer_table(found: Json, command: str) -> list[str]:
@@ -125,6 +127,7 @@ def main() -> int:
     parser.add_argument("--only", action="append", choices=list(BENCHES), help="may be given again; default: all")
     parser.add_argument("--quick", action="store_true", help="small grids, one repeat")
     parser.add_argument("--json", type=Path, help="write all that was found to this file")
+    parser.add_argument("--folder", type=Path, help="of the fields; in /dev/shm no disk is measured (needs 8 GB)")
     add_options(parser)
     options = parser.parse_args()
     chosen = options.only or list(BENCHES)
@@ -160,7 +163,9 @@ def run(name: str, options: argparse.Namespace) -> Json:
         result = Path(folder) / "result.json"
         as_file = name == "rechunk"  # it prints a table, and writes JSON to a file
         json_option = ["--json", str(result)] if as_file else ["--json"]
-        done = subprocess.run([sys.executable, *words, *json_option, *peers], stdout=subprocess.PIPE, text=True)
+        place = ["--folder", str(options.folder)] if options.folder and name != "trainer" else []
+        command = [sys.executable, *words, *json_option, *place, *peers]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
         if done.returncode:
             raise SystemExit(f"python {' '.join(words)} ended with {done.returncode}: its message is above.")
         found: Json = json.loads(result.read_text() if as_file else done.stdout)

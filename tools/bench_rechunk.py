@@ -245,6 +245,7 @@ def main() -> int:
             "machine": machine(),
             "versions": {name: versions(python) for name, python in pythons.items() if name not in failed},
             "shape": bench.shape,
+            "chunks": bench.chunks,
             "medians": table,
             "runs": results,
             "did not run": failed,
