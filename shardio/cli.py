@@ -6,6 +6,7 @@ import json
 import shlex
 import sys
 import time
+import warnings
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,7 @@ import click
 
 from shardio import __version__
 from shardio.errors import ShardioError
-from shardio.parameters import ByteSize, Names
+from shardio.parameters import ByteSize, Names, together
 
 Json = dict[str, Any]
 
@@ -23,7 +24,10 @@ class Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with warnings.catch_warnings():
+                if not ctx.params.get("debug"):
+                    warnings.showwarning = _show_warning
+                return super().invoke(ctx)
         except ShardioError as error:
             if ctx.params.get("debug"):
                 raise
@@ -37,6 +41,14 @@ class Commands(click.Group):
         except KeyboardInterrupt:
             click.echo("Interrupted. What is written is kept: run the same command again to continue.", err=True)
             ctx.exit(130)
+
+
+def _show_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
+) -> None:
+    """Ours are for the user, who is not helped by a line of code."""
+    text = str(message) if category.__module__.startswith("shardio.") else f"{category.__name__}: {message}"
+    click.echo(f"Warning: {text}", err=True)
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -56,6 +68,7 @@ def main(debug: bool) -> None:
     """
 
 
+names_option = partial(click.option, type=Names(), multiple=True, callback=together)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 
 
@@ -75,8 +88,8 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print the re
 )
 @click.option("--start", help="First date: 2020, 2020-03, 2020-03-01 or 2020-03-01T06:00.")
 @click.option("--end", help="Last date, included: --end 2020 is all of 2020.")
-@click.option("--select", type=Names(), default=(), help="Keep these variables, in this order: t_850,z_500.")
-@click.option("--drop", type=Names(), default=(), help="Leave these variables out.")
+@names_option("--select", help="Keep these variables, in this order: t_850,z_500.")
+@names_option("--drop", help="Leave these variables out.")
 @click.option("--workers", type=click.IntRange(min=1), help="Use so many local processes.")
 @click.option("--scheduler", help="Use the workers of a dask cluster: tcp://host:8786.")
 @click.option("--max-memory", type=ByteSize(), default="4GiB", show_default=True, help="Of all buffers together.")
@@ -261,6 +274,7 @@ def plot(path: str, variable: str, date: str | None, output: str) -> None:
 
 def _make(request: Any, dry_run: bool, as_json: bool) -> None:
     """Prepare, show the plan, run with progress, end with one fact."""
+    from shardio.cluster import SECONDS_TO_CONNECT
     from shardio.progress import display, duration, size
     from shardio.rechunk import Progress, prepare, run
     from shardio.report import plan_as_json, plan_as_text
@@ -273,6 +287,8 @@ def _make(request: Any, dry_run: bool, as_json: bool) -> None:
     if dry_run:
         return
     began = time.monotonic()
+    if request.scheduler:
+        click.echo(f"waiting for the dask scheduler at {request.scheduler}, {SECONDS_TO_CONNECT} s at most", err=True)
     with display("rechunk", len(prepared.source.dates)) as bar:
 
         def report(progress: Progress) -> None:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from shardio.rechunk import Buffers, Request
 
 RETRIES = 2
+SECONDS_TO_CONNECT = 20
 
 
 def execute(
@@ -88,7 +89,7 @@ def _client(request: Request, plan: Plan, stack: ExitStack) -> Any:
 
     if request.scheduler:
         try:
-            return stack.enter_context(open_client(request.scheduler, timeout="20s"))
+            return stack.enter_context(open_client(request.scheduler, timeout=f"{SECONDS_TO_CONNECT}s"))
         except (OSError, ValueError) as error:
             raise PlanError(
                 f"no dask scheduler answers at {request.scheduler} ({error}). Start one with `dask scheduler`."

@@ -23,6 +23,11 @@ class ByteSize(click.ParamType[int]):
         return int(float(match[1]) * base ** ["", "K", "M", "G", "T"].index(match[2].upper()))
 
 
+def together(ctx: click.Context, param: click.Parameter, several: tuple[tuple[str, ...], ...]) -> tuple[str, ...]:
+    """An option of names given more than once: all of them, in order."""
+    return tuple(name for names in several for name in names)
+
+
 class Names(click.ParamType[tuple[str, ...]]):
     """a,b,c."""
 

@@ -40,13 +40,20 @@ def plan_as_text(prepared: Prepared) -> str:
     """The plan, for a person."""
     plan, layout = prepared.plan, prepared.layout
     dates, variables, ensemble, cells = layout.shape
+    memory = f"memory at most {size(plan.peak_memory)}"
+    if prepared.request.scheduler:
+        who, memory = f"every worker of the cluster: {counted(plan.threads, 'thread')}", f"{memory} in each worker"
+    else:
+        processes = f"{plan.workers} processes x " if plan.workers > 1 else ""
+        who = f"{processes}{counted(plan.threads, 'thread')}"
+    pieces = counted(len(plan.pieces), "piece") + " each" * (len(plan.tasks) > 1)
     lines = [
-        f"plan: {dates} dates, {variables} variables, {ensemble} members, {cells} cells "
-        f"-> {layout.grid[3]} grid-chunks of {layout.chunks[3]} cells, Zarr v{layout.zarr_format}, {layout.codec}",
-        f"  {len(plan.tasks)} tasks in {len(plan.pieces)} pieces each; {plan.workers} process(es) "
-        f"x {plan.threads} threads, {plan.in_flight} tasks in flight",
+        f"plan: {counted(dates, 'date')}, {counted(variables, 'variable')}, {counted(ensemble, 'member')}, "
+        f"{cells} cells -> {layout.grid[3]} grid-chunks of {layout.chunks[3]} cells, Zarr v{layout.zarr_format}, "
+        f"{layout.codec}",
+        f"  {counted(len(plan.tasks), 'task')} in {pieces}; {who}, {counted(plan.in_flight, 'task')} in flight",
         f"  read {size(plan.bytes_read)} (amplification {plan.amplification:.2f}), "
-        f"write {size(plan.bytes_written)} before compression, memory at most {size(plan.peak_memory)}",
+        f"write {size(plan.bytes_written)} before compression, {memory}",
     ]
     if prepared.source.statistics is None:
         lines.append("  statistics are computed in the same pass: the source has none")
@@ -57,10 +64,16 @@ def plan_as_text(prepared: Prepared) -> str:
     return "\n".join(lines)
 
 
+def counted(count: int, what: str) -> str:
+    """1 task, 2 tasks."""
+    return f"{count} {what}{'s' * (count != 1)}"
+
+
 def verdict(path: str, source: str | None, faults: int, repaired: int) -> str:
     """What verify says last."""
-    fixed = f"{repaired} date(s) repaired; " if repaired else ""
+    fixed = f"{counted(repaired, 'date')} repaired; " if repaired else ""
     if faults:
-        return f"{fixed}{path}: {faults} fault(s). Repair chunks with: shardio verify {path} --source SOURCE --repair"
+        remedy = f"Repair chunks with: shardio verify {path} --source SOURCE --repair"
+        return f"{fixed}{path}: {counted(faults, 'fault')}. {remedy}"
     equal = f" and every value equals {source}" if source else ""
     return f"{fixed}{path}: all checksums match{equal}"

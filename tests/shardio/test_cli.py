@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -215,7 +216,7 @@ def test_the_run_ends_with_one_fact(here, cli):
     done = cli("rechunk", "a.zarr", "b.zarr", "-n", "4")
     assert done.stdout.startswith("wrote 5 dates x 4 chunks, ")
     assert len(done.stdout.splitlines()) == 1
-    assert done.stderr.startswith("plan: 5 dates, 3 variables, 1 members, 23 cells -> 4 grid-chunks of 6 cells")
+    assert done.stderr.startswith("plan: 5 dates, 3 variables, 1 member, 23 cells -> 4 grid-chunks of 6 cells")
 
 
 def commands(group, *path):
@@ -263,3 +264,44 @@ def test_closed_stdout_is_no_traceback(here, cli):
 )
 def test_sizes_are_read_as_people_write_them(text, nbytes):
     assert ByteSize().convert(text, None, None) == nbytes
+
+
+def test_names_of_repeated_options_are_joined(here, cli):
+    chosen = ("--select", "v_2", "--select", "v_0,v_1", "--drop", "v_0")
+    assert cli("rechunk", "a.zarr", "b.zarr", "-n", "4", *chosen).exit_code == 0
+    assert json.loads(cli("info", "b.zarr", "--json").stdout)["variables"] == ["v_2", "v_1"]
+    done = cli("rechunk", "a.zarr", "d.zarr", "-n", "4", "--select", "v_2", "--select", "v_2")
+    assert "v_2 more than once" in done.stderr
+    assert cli("rechunk", "a.zarr", "d.zarr", "-n", "4", "--select", "v_2", "--drop", ",").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ((), "  1 task in 1 piece; "),
+        (("--workers", "2"), "; 2 processes x 1 thread, "),
+        (("--scheduler", "tcp://x:1"), "; every worker of the cluster: "),
+    ],
+)
+def test_the_plan_counts_as_people_do(more, said, here, cli):
+    plan = cli("rechunk", "a.zarr", "b.zarr", "-n", "4", "--dry-run", *more).stdout
+    assert said in plan
+    assert not re.search(r"\b1 \w+s\b|\(s\)|\(es\)", plan)
+    assert ("in each worker" in plan) == ("--scheduler" in more)
+
+
+def test_waiting_for_a_scheduler_is_told(here, cli, monkeypatch):
+    monkeypatch.setattr("shardio.cluster.SECONDS_TO_CONNECT", 1)
+    done = cli("rechunk", "a.zarr", "b.zarr", "-n", "4", "--scheduler", "tcp://127.0.0.1:9")
+    assert done.exit_code == 1
+    assert "waiting for the dask scheduler at tcp://127.0.0.1:9, 1 s at most" in done.stderr
+    assert done.stderr.index("waiting for") < done.stderr.index("Error: no dask scheduler answers")
+
+
+def test_warnings_of_ours_are_a_line_without_code(here, process):
+    process("synth", "w.zarr", "--grid", "o4", "--dates", "8", "-n", "3", "--no-fsync")
+    done = process("bench", "w.zarr", "--ranks", "7", "--rounds", "1")
+    assert done.returncode == 0, done.stderr
+    (line,) = (line for line in done.stderr.splitlines() if "x the bytes of each date" in line)
+    assert line.startswith("Warning: 7 ranks read")
+    assert ".py" not in done.stderr
