@@ -24,6 +24,31 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
     return path
 
 
+def test_the_first_lines_of_the_loading_guide_run_with_several_models(dataset: str, tmp_path: Path) -> None:
+    guide = (EXAMPLES.parent / "loading.md").read_text()
+    code = re.findall(r"```python\n(.*?)```", guide, re.DOTALL)[0]
+    for old, new in (
+        ('"era5-16.zarr", start=2000, end=2019', repr(dataset)),
+        ("num_gpus_per_model=4", "num_gpus_per_model=2"),
+        ("init_process_group()", 'init_process_group("gloo")'),
+    ):
+        assert old in code
+        code = code.replace(old, new)
+    code += """
+assert dist.get_process_group_ranks(model_group) == list(topology.model_ranks)
+taken = [next(iter(loader)).starts, *([batch.starts for batch in loader])]
+assert len(taken) == len(loader), "who leaves the loop early goes on after the last batch"
+assert loader.state_dict()["epoch"] == 2, "one for is one epoch"
+loader.close()
+dist.destroy_process_group()
+"""
+    (tmp_path / "guide.py").write_text(code)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=4", str(tmp_path / "guide.py")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def losses(example: str, dataset: str, ranks: int) -> list[float]:
     """What the example prints on so many ranks."""
     script = str(EXAMPLES / example)
