@@ -7,10 +7,8 @@ import sys
 import time
 from typing import Any
 
-from jsonargparse import ArgumentParser
-
 from trainer.export import check_output, compile_program, compiled_path, export
-from trainer.flags import Formatter, underscored
+from trainer.flags import Parser, parser_of, underscored
 from trainer.forecast import load
 
 DESCRIPTION = """Write a trained model as a torch.export program, which steps fields in the units of the dataset.
@@ -21,9 +19,9 @@ DESCRIPTION = """Write a trained model as a torch.export program, which steps fi
 The program is for one rank, whatever ranks trained it. --aoti also compiles it, for C++: model.aoti.pt2."""
 
 
-def build_parser() -> ArgumentParser:
+def build_parser() -> Parser:
     """The options of `trainer export`."""
-    parser = ArgumentParser(prog="trainer export", description=DESCRIPTION, formatter_class=Formatter)
+    parser = parser_of("export", DESCRIPTION, "--ckpt_path FILE --dataset PATH")
     add = parser.add_argument
     add("--ckpt_path", type=str, required=True, help="Checkpoint that `trainer fit` wrote, on whatever ranks.")
     add("--dataset", type=str, required=True, help="Gives the grid; of the training, or of the same grid.")

@@ -6,13 +6,12 @@ import argparse
 import json
 import math
 import re
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 from rich.console import Console
 from rich.table import Table
 
@@ -21,7 +20,7 @@ from shardio.errors import DatasetError, PlanError, SelectionError
 from shardio.progress import size
 from shardio.synthetic import octahedral
 from trainer.data import ForecastDataModule
-from trainer.flags import underscored
+from trainer.flags import Parser, parser_of, underscored
 from trainer.footprint import Job
 from trainer.forecaster import Roles
 from trainer.graph import PARTS, GraphOptions
@@ -34,12 +33,12 @@ from trainer.planner import RESERVE, Field, Planner, Recommendation, Row
 DESCRIPTION = """What each rank needs to train: rows, bytes and messages of the largest one, for several sizes of the
 model group. Nothing is trained, and no data is read.
 
-trainer plan --config my.yaml --gpus-per-model 1,2,4,8,16
-trainer plan --config o96 --grid o1280 --variables 100 --gpus-per-model 16,64 --gpu-memory 80GiB
-trainer plan --config my.yaml --model.network.num_chunks 8 --trainer.precision bf16-mixed --json
+  trainer plan --config my.yaml --gpus-per-model 1,2,4,8,16
+  trainer plan --config o96 --grid o1280 --variables 100 --gpus-per-model 16,64 --gpu-memory 80GiB
+  trainer plan --config my.yaml --model.network.num_chunks 8 --trainer.precision bf16-mixed --json
 
-Flags of the training, --model.* and --data.*, win over the configuration, as in `trainer fit`.
-"""
+Flags of the training, --model.* and --data.*, win over the configuration, as in `trainer fit`."""
+CELLS_OF_A_NODE = 500  # beyond which a hidden mesh is called coarse
 HOW = {
     "graph": "counted on the real graph, cut as in training",
     "rank": "counted on the real part of the rank in the middle; hidden nodes are cut by their number, not by work",
@@ -47,18 +46,9 @@ HOW = {
 }
 
 
-class _Parser(ArgumentParser):
-    """Without the pages of usage that would hide what is wrong."""
-
-    def error(self, message: str, *_: Any, **__: Any) -> NoReturn:
-        """Tell it, and leave with code 2."""
-        print(f"Error: {message}\nAll options: trainer plan --help", file=sys.stderr)
-        sys.exit(2)
-
-
-def build_parser() -> ArgumentParser:
+def build_parser() -> Parser:
     """The options of `trainer plan`."""
-    parser = _Parser(prog="trainer plan", description=DESCRIPTION)
+    parser = parser_of("plan", DESCRIPTION, "--config FILE")
     add = parser.add_argument
     add("--config", type=str | None, default=None, help="Of the training.")
     add("--gpus_per_model", type=str, default="1,2,4,8,16", help="Sizes of the model group, M, to plan for.")
@@ -193,11 +183,12 @@ def _count(word: str) -> int:
 
 
 def parse_size(text: str) -> int:
-    """80GiB, 40GB or a number of bytes."""
-    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
+    """80GiB or 40GB; not a bare number, which might be meant in either."""
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(?:([KMGT])(i?)B?|B)\s*", text, re.IGNORECASE)
     if match is None:
-        raise PlanError(f"{text!r} is not a size. Write 80GiB, 40GB or a number of bytes.")
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** ["", "K", "M", "G", "T"].index(match[2].upper()))
+        number = text.strip() if text.strip().replace(".", "", 1).isdecimal() else "80"
+        raise PlanError(f"{text!r} is not a size with a unit. Write {number}GiB or {number}GB.")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index((match[2] or " ").upper()))
 
 
 # -------------------------------------------------------------------------------------------------------------- output
@@ -217,6 +208,7 @@ def show(planner: Planner, rows: list[Row], advice: Recommendation, memory: int)
         which = ", ".join(str(row.ranks) for row in rows if row.counts.how == how)
         console.print(f"M {which}: {HOW[how]}.")
     _advise(console, advice, memory)
+    _remark(console, planner, rows)
 
 
 def _lines(rows: list[Row]) -> list[tuple[str, list[str]]]:
@@ -230,8 +222,9 @@ def _lines(rows: list[Row]) -> list[tuple[str, list[str]]]:
         lines.append(("  were cells compact, about", [f"{row.compact[part]:,}" for row in rows]))
     names = ("batch", "inputs", "graph", "weights", "gradients", "optimizer", *PARTS, "loss", "backward")
     lines.append(("[bold]peak", [f"[bold]{size(row.step.peak)}" for row in rows]))
-    lines += [(f"  of it {name}", [size(row.step.at_peak[name]) for row in rows]) for name in names]
-    lines += [(f"kept for backward: {part}", [size(row.step.kept[part]) for row in rows]) for part in PARTS]
+    held = [(f"  of it {name}", [row.step.at_peak[name] for row in rows]) for name in names]
+    held += [(f"kept for backward: {part}", [row.step.kept[part] for row in rows]) for part in PARTS]
+    lines += [(name, [size(count) for count in counts]) for name, counts in held if any(counts)]
     lines.append(("[bold]sent in a step", [f"[bold]{size(row.step.sent.total())}" for row in rows]))
     for name in dict.fromkeys(name for row in rows for name in row.step.sent):
         pairs = [(row.step.sent[name], row.step.gathered[name]) for row in rows]
@@ -253,7 +246,23 @@ def _advise(console: Console, advice: Recommendation, memory: int) -> None:
     verdict = f"peak {size(advice.peak)}" + ("" if advice.fits else ", still too much")
     console.print(
         f"Recommended: num_gpus_per_model {advice.gpus_per_model}, num_chunks {advice.num_chunks} ({verdict}); "
-        f"shardio rechunk --grid-chunks {advice.grid_chunks}."
+        + (f"shardio rechunk --grid-chunks {advice.grid_chunks}." if advice.rechunk else "the dataset as it is.")
     )
     if not advice.fits:
         console.print("Try checkpointing, bf16-mixed, fewer rollout steps, a coarser hidden mesh, or a larger M.")
+
+
+def _remark(console: Console, planner: Planner, rows: list[Row]) -> None:
+    """What works, but not well: grid-chunks that do not fit the ranks, and a hidden mesh that hardly sees the cells."""
+    uneven = [str(row.ranks) for row in rows if not row.reads.aligned]
+    if uneven and planner.field.chunk_cells is not None:
+        console.print(
+            f"The {rows[0].reads.grid_chunks} grid-chunks of the dataset are no whole number for each rank of M "
+            f"{', '.join(uneven)}: borders run through chunks, which are then read more than once."
+        )
+    cells, nodes = rows[0].counts.owned_cells, rows[0].counts.owned_hidden
+    if nodes * CELLS_OF_A_NODE < cells:
+        console.print(
+            f"The hidden mesh {planner.options.hidden} is coarse for this grid: {cells / nodes:,.0f} cells to a hidden "
+            f"node, where 10 to 100 are usual. Take a finer --model.graph.hidden."
+        )

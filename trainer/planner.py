@@ -85,6 +85,7 @@ class Recommendation:
     Attributes:
       smallest: M that fits as the job is; None if none does.
       gpus_per_model, num_chunks, grid_chunks: to use.
+      rechunk: whether the dataset has to be cut anew for them.
       peak: bytes, with them.
       fits: whether it does.
     """
@@ -93,6 +94,7 @@ class Recommendation:
     gpus_per_model: int
     num_chunks: int
     grid_chunks: int
+    rechunk: bool
     peak: int
     fits: bool
 
@@ -223,8 +225,9 @@ class Planner:
                 if row.step.peak <= usable:
                     break
         peak = chosen.step.peak
-        grid_chunks = self.grid_chunks(rows[-1].ranks)
-        return Recommendation(smallest, chosen.ranks, chunks, grid_chunks, peak, peak <= usable)
+        serves = self.field.chunk_cells is not None and all(row.reads.aligned for row in rows)
+        grid_chunks = rows[-1].reads.grid_chunks if serves else self.grid_chunks(rows[-1].ranks)
+        return Recommendation(smallest, chosen.ranks, chunks, grid_chunks, not serves, peak, peak <= usable)
 
     def _more_chunks(self, row: Row) -> Iterator[tuple[Row, int]]:
         """For as long as each doubling saves something."""

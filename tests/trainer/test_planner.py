@@ -12,6 +12,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 from datasets import VARIABLES, grid_of
+from runs import waves
 
 from shardio import ShardedDataLoader, Topology, open_dataset
 from shardio.partition import partition
@@ -233,7 +234,7 @@ def test_the_smallest_group_that_fits_is_named(capsys: pytest.CaptureFixture[str
     assert peaks[1] > peaks[2] > peaks[4]
     assert plan["recommendation"]["smallest"] == 1
     between = int((peaks[1] + peaks[2]) / 2 / 0.9)
-    fitting = planned(capsys, "--grid", "o16", "--gpus-per-model", "1,2,4", "--gpu-memory", str(between))
+    fitting = planned(capsys, "--grid", "o16", "--gpus-per-model", "1,2,4", "--gpu-memory", f"{between}B")
     assert fitting["recommendation"]["smallest"] == 2
     nothing = planned(capsys, "--grid", "o16", "--gpus-per-model", "1,2", "--gpu-memory", "10KiB")
     assert nothing["recommendation"]["smallest"] is None
@@ -243,7 +244,7 @@ def test_the_smallest_group_that_fits_is_named(capsys: pytest.CaptureFixture[str
 def test_chunks_are_recommended_where_they_save_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--grid", "o16", "--gpus-per-model", "1,2", "--model.network.checkpointing=true"]
     one, two = (row["peak_bytes"] for row in planned(capsys, *words)["rows"])
-    advice = planned(capsys, *words, "--gpu-memory", str(int((one + two) / 2 / 0.9)))["recommendation"]
+    advice = planned(capsys, *words, "--gpu-memory", f"{int((one + two) / 2 / 0.9)}B")["recommendation"]
     assert (advice["smallest"], advice["gpus_per_model"]) == (2, 1)
     assert advice["num_chunks"] > 1
     assert advice["fits"]
@@ -273,12 +274,38 @@ def test_a_configuration_and_a_dataset_are_planned_as_they_are(
         assert word in shown
 
 
+def shown(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    plan_cli.main([*WORDS, *words])
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_a_dataset_is_cut_anew_only_where_its_chunks_do_not_serve(capsys: pytest.CaptureFixture[str]) -> None:
+    words = (f"--data.dataset={waves()}", "--model.forcings=[]")
+    assert "; the dataset as it is." in shown(capsys, *words, "--gpus-per-model=1,2,4")
+    uneven = shown(capsys, *words, "--gpus-per-model=2,8")
+    assert "; shardio rechunk --grid-chunks 8." in uneven
+    assert "The 4 grid-chunks of the dataset are no whole number for each rank of M 8:" in uneven
+
+
+def test_a_coarse_hidden_mesh_is_remarked(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--grid=o64", "--gpus-per-model=1")
+    assert "cells to a hidden node, where 10 to 100 are usual" in shown(capsys, *words, "--model.graph.hidden=ico0")
+    assert "where 10 to 100 are usual" not in shown(capsys, *words, "--model.graph.hidden=ico3")
+
+
+def test_what_takes_no_memory_is_not_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    found = shown(capsys, "--grid=o16", "--gpus-per-model=1,2")
+    assert "of it weights" in found
+    assert "of it backward" not in found
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
         (["--gpus-per-model", "2"], "no grid is named"),
         (["--grid", "o16", "--gpus-per-model", "0"], "no number of GPUs"),
         (["--grid", "o16", "--gpu-memory", "much"], "is not a size"),
+        (["--grid", "o16", "--gpu-memory", "24"], "'24' is not a size with a unit. Write 24GiB or 24GB."),
         (["--grid", "o16", "--trainer.precision", "8"], "precision '8' is unknown"),
         (["--grid", "o16", "--variables", "1"], "--variables is 1, but the configuration names 2"),
         (["--grid", "o16", "--config", "nowhere.yaml"], "the configuration nowhere.yaml cannot be read"),
