@@ -62,7 +62,7 @@ def measure(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
                 said = call(
                     "trainer.cli", *given, *flags, "--devices", ranks, "--output", where, threads=CORES // ranks
                 )
-                times.setdefault((name, ranks), []).append(json.loads(said))
+                times.setdefault((name, ranks), []).append(json.loads(said)["forecasts"][0])
     return [row(name, ranks, runs) for (name, ranks), runs in times.items()]
 
 

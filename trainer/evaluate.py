@@ -42,6 +42,7 @@ class Scores:
 
     Attributes:
       variables: names.
+      units: of the variables; empty where the dataset has none.
       hours: [leads], lead times.
       dates: initial dates.
       climatology: first and last date of it, and how many.
@@ -49,6 +50,7 @@ class Scores:
     """
 
     variables: tuple[str, ...]
+    units: tuple[str, ...]
     hours: tuple[float, ...]
     dates: tuple[str, ...]
     climatology: tuple[str, str, int]
@@ -70,15 +72,18 @@ class Scores:
     def __str__(self) -> str:
         """The last lead time, of each variable."""
         first, last, count = self.climatology
-        lines = [f"{len(self.dates)} forecasts, {self.hours[-1]:g} h; climatology of {count} dates, {first} to {last}"]
-        lines.append(f"{'':12}{'rmse':>12}{'persistence':>14}{'ratio':>8}{'bias':>13}{'acc':>8}")
-        for v, variable in enumerate(self.variables):
+        many = f"{len(self.dates)} forecast{'' if len(self.dates) == 1 else 's'}"
+        lines = [f"{many}, {self.hours[-1]:g} h; climatology of {count} dates, {first} to {last}"]
+        names = [f"{name} ({unit})" if unit else name for name, unit in zip(self.variables, self.units, strict=True)]
+        wide = max(12, *(len(name) for name in names))
+        lines.append(f"{'':{wide}}{'rmse':>12}{'persistence':>14}{'ratio':>8}{'bias':>13}{'acc':>8}")
+        for v in range(len(self.variables)):
             known = np.isfinite(self.rmse[0, 0, -1, v])
             ours, theirs = ((m, 0 if known else 1, -1, v) for m in (0, 1))
             rmse, persistence = self.rmse[ours], self.rmse[theirs]
             ratio = rmse / persistence if persistence else np.nan
             lines.append(
-                f"{variable:12}{rmse:12.4g}{persistence:14.4g}{ratio:8.3f}{self.bias[ours]:13.4g}{self.acc[ours]:8.3f}"
+                f"{names[v]:{wide}}{rmse:12.4g}{persistence:14.4g}{ratio:8.3f}{self.bias[ours]:13.4g}{self.acc[ours]:8.3f}"
             )
         return "\n".join(lines)
 
@@ -136,7 +141,9 @@ def evaluate(
         dist.all_reduce(total, group=group)
         sums = total.cpu().numpy()
     hours = tuple((first.dates - starts[0]).astype("timedelta64[s]").astype(float) / 3600.0)
-    return Scores(first.variables, hours, tuple(map(str, starts)), about, *_scores(sums))
+    about_variables = truth.variables_metadata(first.variables)
+    units = tuple(str(about_variables.get(name, {}).get("units", "")) for name in first.variables)
+    return Scores(first.variables, units, hours, tuple(map(str, starts)), about, *_scores(sums))
 
 
 def initial_date(forecast: Dataset) -> np.datetime64:

@@ -47,12 +47,14 @@ class Scores:
     Attributes:
       leads: lead times, such as 6h.
       variables: that the model forecasts.
+      units: of the variables; empty where the dataset has none.
       rmse: [leads, variables] of the model, in the units of the dataset.
       persistence: [leads, variables] of a forecast that nothing changes.
     """
 
     leads: tuple[str, ...]
     variables: tuple[str, ...]
+    units: tuple[str, ...]
     rmse: NDArray[np.float64]
     persistence: NDArray[np.float64]
 

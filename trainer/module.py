@@ -22,6 +22,7 @@ from trainer.loss import Loss, LossOptions
 from trainer.metrics import ErrorSums, Scores
 from trainer.model import ModelOptions
 from trainer.optimizer import OptimizerOptions, build_optimizer, follow_batch
+from trainer.progress import say
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,7 @@ class ForecastModule(LightningModule):
 
     def _build(self) -> None:
         dataset, place, network = self.data.dataset, self.place, self.network_options
+        say("building the graph")
         graph = assemble_graph(dataset, place, self.graph_options, network, self.graph_cache)
         self.forecaster = assemble_forecaster(dataset, place, self.roles(), self.data.input_steps, network, graph)
         self.areas = assemble_areas(dataset, place)
@@ -198,7 +200,10 @@ class ForecastModule(LightningModule):
         assert step is not None
         leads = tuple(format_step((lead + 1) * step) for lead in range(self.validation_steps))
         errors, persistence = self._errors.root_mean_square(), self._persistence.root_mean_square()
-        self.scores = Scores(leads, self.forecaster.roles.outputs, errors.cpu().numpy(), persistence.cpu().numpy())
+        names = self.forecaster.roles.outputs
+        about = self.data.dataset.variables_metadata(names)
+        units = tuple(str(about.get(name, {}).get("units", "")) for name in names)
+        self.scores = Scores(leads, names, units, errors.cpu().numpy(), persistence.cpu().numpy())
         prognostic = slice(len(self.forecaster.roles.prognostic))
         changing = persistence[:, prognostic] > 0.0  # false where nothing was counted
         skill = (errors / persistence)[:, prognostic][changing].mean()

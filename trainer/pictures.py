@@ -171,7 +171,7 @@ def _draw_panels(
     figure.savefig(path, dpi=100)
 
 
-def draw_skill(path: Path, scores: Scores, units: dict[str, str] | None = None) -> None:
+def draw_skill(path: Path, scores: Scores) -> None:
     """Root mean square error and anomaly correlation over lead time, of the first variables."""
     from matplotlib.figure import Figure
 
@@ -187,7 +187,7 @@ def draw_skill(path: Path, scores: Scores, units: dict[str, str] | None = None) 
                     if np.isfinite(curve).any() and (r == 0 or not np.isfinite(values[m, 0, :, v]).all()):
                         label = method if r == 0 else f"{method}, against the {reference} solution"
                         axes.plot(days, curve, color=COLORS[method], ls="-" if r == 0 else ":", label=label)
-            unit = (units or {}).get(name, "")
+            unit = scores.units[v]
             axes.set(title=f"{name}: {what}{f' ({unit})' if unit and row == 0 else ''}", xlabel="days")
             axes.grid(alpha=0.3)
             if v == 0 and axes.lines:

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -20,11 +19,15 @@ from shardio.errors import OutputError, SelectionError
 from shardio.job import sweep_published
 from shardio.sharded_writer import begun_chunk_cells
 from trainer.assembly import Place
-from trainer.flags import Formatter, underscored
+from trainer.data import ForecastDataModule
+from trainer.flags import Parser, known, meant, parser_of, underscored, unknown
 from trainer.forecast import assemble, forecast_partition, read_trained
 from trainer.launcher import RankLauncher, started_by_others
+from trainer.module import ForecastModule
 from trainer.netcdf import export
 from trainer.predict import Task, Written, initial_dates, path_of, plan, write
+from trainer.run_folder import CHECKPOINTS, RUN
+from trainer.strategy import DDPGroupStrategy
 
 DESCRIPTION = """Forecast from one or many dates; every rank writes its own grid-chunks of OUTPUT/<initial date>.zarr.
 
@@ -44,11 +47,11 @@ like, and keeps forecasts that are complete; with --evaluate or --netcdf added i
 FOREVER = timedelta(days=7)  # how long ranks that are done wait for the others, whose forecasts may take longer
 
 
-def build_parser() -> ArgumentParser:
+def build_parser() -> Parser:
     """The options of `trainer predict`."""
-    parser = ArgumentParser(prog="trainer predict", description=DESCRIPTION, formatter_class=Formatter)
+    parser = parser_of("predict", DESCRIPTION, "--config FILE --ckpt_path FILE --start DATE")
     what = parser.add_argument_group("what").add_argument
-    what("--ckpt_path", type=str, required=True, help="Checkpoint that `trainer fit` wrote, on whatever ranks.")
+    what("--ckpt_path", type=str, required=True, help="Of `trainer fit`, on whatever ranks; last, best: of --config.")
     what("--config", type=str | None, default=None, help="YAML of the training: gives dataset and ranks.")
     what("--dataset", type=str | None, default=None, help="Initial fields and forcings. Default: that of --config.")
     what("--start", type=str, required=True, help="Initial date, or several: 2020-01-01,2020-01-02T12:00.")
@@ -81,7 +84,7 @@ def main(arguments: list[str]) -> None:
     options = build_parser().parse_args(underscored(arguments))
     config = _read_config(options.config)
     _fill_from_config(options, config)
-    trained = read_trained(options.ckpt_path)
+    trained = read_trained(_checkpoint(options.ckpt_path, options.config, config))
     dataset = open_dataset(options.dataset)
     dates = initial_dates(dataset, options.start, options.end, options.every)
     topology = Topology(options.devices * options.num_nodes, 0, _ranks_per_model(options, config, len(dates)))
@@ -100,9 +103,12 @@ def main(arguments: list[str]) -> None:
     topology = Topology(topology.world_size, fabric.global_rank, topology.model_size)
     group, whole = _groups(topology, timedelta(seconds=options.timeout_seconds))
     place = Place(cells, topology.model_rank, group, fabric.device)
+    say = print if not options.json else _silent
+    forecasts: list[dict[str, Any]] = []
     for task in tasks if topology.rank == 0 else ():
         if task not in missing:
-            _show(options, {"path": str(task.path), "steps": 0, "kept": True}, f"kept {task.path}: it is complete")
+            forecasts.append({"path": str(task.path), "steps": 0, "kept": True})
+            say(f"kept {task.path}: it is complete", flush=True)
     mine = missing[topology.data_rank :: topology.data_size]
     if mine:
         network = {"num_chunks": options.num_chunks} if options.num_chunks else {}
@@ -113,16 +119,22 @@ def main(arguments: list[str]) -> None:
             report = bar.report(str(task.initial))
             done = write(forecast, task, options.overwrite, options.ahead, not options.no_fsync, command, report)
             if topology.model_rank == 0:
-                _show(options, *_told(done))
-    if whole is not None:
-        dist.barrier(whole)
+                forecasts.append(_result(done))
+                say(_sentence(done), flush=True)
+    result: dict[str, Any] = {"forecasts": _of_all_ranks(forecasts, whole)}  # which waits for all of them
     paths = [task.path for task in tasks]
     if options.evaluate:
-        _evaluate(options, config, paths, dataset, place, topology, whole)
+        scores, text = _evaluate(options, config, paths, dataset, place, topology, whole)
+        result |= scores
+        if topology.rank == 0:
+            say(text, flush=True)
     if options.netcdf and topology.rank == 0:  # no rank waits for it: there is nothing to do after it
+        result["netcdf"] = [str(path.with_suffix(".nc")) for path in paths]
         for path in paths:
             export(path, path.with_suffix(".nc"), options.overwrite)
-            _show(options, {"netcdf": str(path.with_suffix(".nc"))}, f"wrote {path.with_suffix('.nc')}")
+            say(f"wrote {path.with_suffix('.nc')}", flush=True)
+    if options.json and topology.rank == 0:
+        print(json.dumps(result), flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------- the options
@@ -138,7 +150,34 @@ def _read_config(path: str | None) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise SelectionError(f"{path} is no configuration of `trainer fit`: it holds {type(found).__name__}.")
     plain: dict[str, Any] = json.loads(json.dumps(found, default=str))  # YAML has dates
+    _refuse_typos(path, plain)
     return plain
+
+
+def _refuse_typos(path: str, config: dict[str, Any]) -> None:
+    """SelectionError where model, data or strategy set what is no option: nothing is ignored in silence."""
+    parser, classes = Parser(), {"model": ForecastModule, "data": ForecastDataModule, "strategy": DDPGroupStrategy}
+    for name, of in classes.items():
+        parser.add_class_arguments(of, name)
+    names = known(parser)
+    for wrong in unknown({name: config[name] for name in classes if name in config}, names):
+        raise SelectionError(f"{path} sets {wrong}, which is no option.{meant(wrong, names)}")
+
+
+def _checkpoint(given: str, path: str | None, config: dict[str, Any]) -> str:
+    """`last` and `best` are those of the run that the configuration describes."""
+    if given not in ("last", "best"):
+        return given
+    if path is None:
+        raise SelectionError(
+            f"--ckpt_path {given} is that of a run. Give its --config too, or the path of a .ckpt file."
+        )
+    found = Path(config.get("output") or RUN) / CHECKPOINTS / f"{given}.ckpt"
+    if not found.exists():
+        raise SelectionError(
+            f"there is no {found}, which --ckpt_path {given} means with {path}. Give the path of a .ckpt file."
+        )
+    return str(found)
 
 
 def _fill_from_config(options: Any, config: dict[str, Any]) -> None:
@@ -230,8 +269,8 @@ def _evaluate(
     place: Place,
     topology: Topology,
     whole: dist.ProcessGroup | None,
-) -> None:
-    """Scores of all forecasts on all ranks; each model group reads those of its dates."""
+) -> tuple[dict[str, Any], str]:
+    """Scores of all forecasts on all ranks, and a table of them; each model group reads those of its dates."""
     from trainer.evaluate import evaluate
     from trainer.pictures import draw_maps, draw_skill
 
@@ -243,21 +282,33 @@ def _evaluate(
         draw_maps(folder / "maps.png", paths[0], dataset, place.owned, place.group, shown=first)
     if first:
         scores.write(folder / "scores.csv")
-        units = {name: about.get("units", "") for name, about in dataset.variables_metadata(scores.variables).items()}
-        draw_skill(folder / "skill.png", scores, units)
-        files = [str(folder / name) for name in ("scores.csv", "skill.png", "maps.png")]
-        _show(options, {"scores": list(scores.rows()), "climatology": scores.climatology, "files": files}, str(scores))
+        draw_skill(folder / "skill.png", scores)
+    files = [str(folder / name) for name in ("scores.csv", "skill.png", "maps.png")]
+    return {"scores": list(scores.rows()), "climatology": scores.climatology, "files": files}, str(scores)
 
 
-def _told(done: Written) -> tuple[dict[str, Any], str]:
+def _of_all_ranks(mine: list[dict[str, Any]], whole: dist.ProcessGroup | None) -> list[dict[str, Any]]:
+    """What the ranks made, by path."""
+    parts: list[Any] = [mine]
+    if whole is not None:
+        parts = [None] * dist.get_world_size(whole)
+        dist.all_gather_object(parts, mine, whole)
+    return sorted((one for part in parts for one in part), key=lambda one: str(one["path"]))
+
+
+def _result(done: Written) -> dict[str, Any]:
     seconds, waited = round(done.seconds, 3), round(done.waited, 3)
-    result = {"path": str(done.path), "steps": done.steps, "seconds": seconds, "waited": waited, "kept": False}
+    return {"path": str(done.path), "steps": done.steps, "seconds": seconds, "waited": waited, "kept": False}
+
+
+def _sentence(done: Written) -> str:
     share = done.waited / max(done.seconds, 1e-9)
-    return result, f"wrote {done.path}: {done.steps} lead times in {seconds:.1f} s ({share:.0%} waiting for the disk)"
+    times = "lead time" if done.steps == 1 else "lead times"
+    return f"wrote {done.path}: {done.steps} {times} in {done.seconds:.1f} s ({share:.0%} waiting for the disk)"
 
 
-def _show(options: Any, result: dict[str, Any], text: str) -> None:
-    print(json.dumps(result) if options.json else text, flush=True)
+def _silent(*_: Any, **__: Any) -> None:
+    """With --json all is said at the end."""
 
 
 class _Bar:

@@ -55,11 +55,12 @@ def _print_table(scores: Scores) -> None:
 
     table = Table(title="root mean square error (and that of persistence)")
     table.add_column("variable")
+    table.add_column("units")
     for lead in scores.leads:
         table.add_column(lead, justify="right")
     for k, variable in enumerate(scores.variables):
         pairs = zip(scores.rmse[:, k], scores.persistence[:, k], strict=True)
-        table.add_row(variable, *(f"{rmse:.4g} ({still:.4g})" for rmse, still in pairs))
+        table.add_row(variable, scores.units[k], *(f"{rmse:.4g} ({still:.4g})" for rmse, still in pairs))
     width = None if Console().is_terminal else Console(width=10_000).measure(table).maximum  # in a file: unbroken
     Console(width=width).print(table)
 

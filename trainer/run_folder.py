@@ -12,6 +12,7 @@ from pathlib import Path
 from shardio.errors import DatasetError, OutputError
 from trainer.checkpoint import step_of
 
+RUN = "run"  # where it is unless --output says else
 LOCK = ".lock"
 CHECKPOINTS = "checkpoints"
 

@@ -253,9 +253,16 @@ def test_predict_evaluates_and_exports_what_is_there(tmp_path: Path, checkpoint:
     assert names >= {"scores.csv", "skill.png", "maps.png", "2021-03-02T0000.nc", "2021-03-03T0000.nc"}
     process = Run(tmp_path, "predict", *given, "--evaluate", "--json")
     assert process.wait() == [0], process.errors
-    told = [json.loads(line) for line in process.printed.splitlines()]
-    assert [one.get("kept") for one in told] == [True, True, None]
-    assert len(told[-1]["scores"]) == len(rows)
+    told = json.loads(process.printed)
+    assert [one["kept"] for one in told["forecasts"]] == [True, True]
+    assert len(told["scores"]) == len(rows)
+    process = Run(
+        tmp_path, "predict", *given, "--netcdf", "--json", "--output=again", "--num_gpus_per_model=1", ranks=2
+    )
+    assert process.wait() == [0, 0], process.errors
+    told = json.loads(process.printed)  # of both ranks
+    assert [one["path"] for one in told["forecasts"]] == [f"again/2021-03-0{day}T0000.zarr" for day in (2, 3)]
+    assert told["netcdf"] == [f"again/2021-03-0{day}T0000.nc" for day in (2, 3)]
 
 
 def test_what_cannot_be_compared_is_refused(forecasts: list[str], path: str, dataset_of: Callable[..., str]) -> None:

@@ -39,7 +39,7 @@ def test_an_error_that_is_known_and_not_finite_is_not_hidden():
 
 
 def test_scores_nobody_could_count_are_null_in_json():
-    scores = Scores(("6h",), ("t",), np.array([[np.nan]]), np.array([[0.0]]))
+    scores = Scores(("6h",), ("t",), ("K",), np.array([[np.nan]]), np.array([[0.0]]))
     assert json.dumps(scores.nested()) == '{"t": {"6h": {"rmse": null, "persistence": 0.0, "ratio": null}}}'
 
 

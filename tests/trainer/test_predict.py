@@ -263,7 +263,7 @@ def test_a_run_killed_at_any_lead_time_goes_on_to_the_same_bytes(
     assert process.wait() == [0, 0], process.errors
     output = tmp_path / "forecasts" / NAME
     assert tree(output) == tree(uninterrupted)
-    told = json.loads(process.printed)
+    (told,) = json.loads(process.printed)["forecasts"]
     assert told["steps"] <= 40 - chunks // 2 + 1
     again = [name for name, then in there.items() if (output / "data" / name).stat().st_mtime_ns != then]
     assert len(again) <= 2, "written, but not yet noted, when it was killed: at most one by each rank"
@@ -277,7 +277,7 @@ def test_a_run_killed_goes_on_on_fewer_ranks_to_the_same_values(
     killed(tmp_path, checkpoint, path, 5 * before, before, f"--lead-time={LEAD_TIME}")
     process = predict(tmp_path, checkpoint, path, f"--lead-time={LEAD_TIME}", "--json", ranks=after)
     assert process.wait() == [0] * after, process.errors
-    assert json.loads(process.printed)["steps"] <= STEPS - 4
+    assert json.loads(process.printed)["forecasts"][0]["steps"] <= STEPS - 4
     found, expected = read_all(tmp_path / "forecasts" / NAME), read_all(uninterrupted)[:STEPS]
     assert relative(found, expected, AXES) < 1e-5
 
@@ -407,6 +407,26 @@ def test_what_cannot_work_is_one_message_with_a_remedy(
     assert "Traceback" not in process.errors
     if code == 1:
         assert process.errors.count("Error:") == 1
+
+
+def test_last_is_that_of_the_run_of_the_configuration(checkpoint: Path, path: str, tmp_path: Path) -> None:
+    config = tmp_path / "my.yaml"
+    config.write_text(f"data: {{dataset: {path}}}\noutput: {checkpoint.parents[1]}\n")
+    given = ("predict", f"--start={START}", "--lead-time=6h", "--ckpt_path=last")
+    process = Run(tmp_path, *given, f"--config={config}")
+    assert process.wait() == [0], process.errors
+    assert "1 lead time in " in process.printed
+    process = Run(tmp_path, *given, f"--dataset={path}")
+    assert process.wait() == [1]
+    assert "--ckpt_path last is that of a run. Give its --config too, or the path of a .ckpt file." in process.errors
+    config.write_text(f"data: {{dataset: {path}}}\n")
+    process = Run(tmp_path, *given, f"--config={config}")
+    assert process.wait() == [1]
+    assert f"there is no run/checkpoints/last.ckpt, which --ckpt_path last means with {config}." in process.errors
+    config.write_text(f"data: {{datset: {path}}}\n")
+    process = Run(tmp_path, *given, f"--config={config}")
+    assert process.wait() == [1]
+    assert "sets data.datset, which is no option. Did you mean data.dataset?" in process.errors
 
 
 def test_help_keeps_its_lines(capsys: pytest.CaptureFixture[str]) -> None:
