@@ -12,10 +12,10 @@ from contextlib import redirect_stdout
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.callbacks.weight_averaging import EMAWeightAveraging
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -27,25 +27,32 @@ from trainer.checkpoint import KeepLast
 from trainer.configs import by_name
 from trainer.curves import SKILL, LossCurve
 from trainer.data import ForecastDataModule
-from trainer.failure import rank, remedy, stop
-from trainer.flags import Formatter
+from trainer.failure import rank, remedy, stop, tell
+from trainer.flags import Brief, Formatter, meant
 from trainer.launcher import started_by_others
 from trainer.module import ForecastModule
 from trainer.preflight import check
+from trainer.progress import Bar
 from trainer.report import show
-from trainer.run_folder import CHECKPOINTS, claim, clear, described, refuse_existing
+from trainer.run_folder import CHECKPOINTS, RUN, claim, clear, described, refuse_existing
 from trainer.strategy import DDPGroupStrategy
 
 DESCRIPTION = """Train forecast models that never see the full grid.
 
   trainer fit --config demo
   trainer validate --config demo --ckpt_path last
-  trainer predict --help                  forecasts from a checkpoint; every rank writes its own part
-  trainer plan --config demo --gpus-per-model 1,2,4     memory and messages of each rank, before GPUs are booked
-  trainer export --help                   the model as one program, for production
+  trainer predict --config demo --ckpt_path last --start 2020-02-10
+  trainer plan --config demo --gpus-per-model 1,2,4
+
+commands:
+  fit        train, and write checkpoints, logs and curves.png
+  validate   forecast the validation dates, and compare with persistence
+  predict    forecasts from a checkpoint; every rank writes its own part
+  plan       memory and messages of each rank, before GPUs are booked
+  export     the model as one program, for production
 
 Every knob is in the YAML and a flag of the same name; flags win. trainer fit --help lists them all,
-trainer fit --print_config writes a YAML with all of them."""
+trainer fit --print_config writes a YAML with all of them. trainer COMMAND --help has examples."""
 
 FIT = """Train, and write checkpoints, logs and curves.png to the folder --output.
 
@@ -57,6 +64,7 @@ FIT = """Train, and write checkpoints, logs and curves.png to the folder --outpu
 Ranks: --trainer.devices x --trainer.num_nodes of them, or as many as torchrun or SLURM start. Each
 --strategy.num_gpus_per_model together hold one model; the others train it on other dates."""
 
+LIGHTNING = ("fit", "validate")
 OTHER_COMMANDS = ("predict", "export", "plan")  # they take no Lightning; each is imported when it is called
 
 VALIDATE = """Forecast the validation dates, and compare with persistence, the forecast that nothing changes.
@@ -67,13 +75,8 @@ VALIDATE = """Forecast the validation dates, and compare with persistence, the f
 Prints root mean square errors in the units of the dataset, weighted by area, by variable and lead time."""
 
 
-class Parser(LightningArgumentParser):
-    """Without the three pages of usage that would hide what is wrong."""
-
-    def error(self, message: str, *_: Any, **__: Any) -> NoReturn:
-        """Tell it, and leave with code 2."""
-        print(f"Error: {message}\nAll options: {self.prog.replace(' [options]', '')} --help", file=sys.stderr)
-        sys.exit(2)
+class Parser(Brief, LightningArgumentParser):
+    """Of Lightning's commands."""
 
 
 class TrainerCLI(LightningCLI):
@@ -114,7 +117,7 @@ class TrainerCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_class_arguments(DDPGroupStrategy, "strategy")
-        parser.add_argument("--output", type=str, default="run", help="Folder of the run: checkpoints, logs, pictures.")
+        parser.add_argument("--output", type=str, default=RUN, help="Folder of the run: checkpoints, logs, pictures.")
         parser.add_argument("--overwrite", action="store_true", help="Replace the run that is in --output.")
         parser.add_argument("--save_every", type=int, default=500, help="Steps between checkpoints.")
         parser.add_argument("--tensorboard", type=bool, default=False, help="Log for TensorBoard too.")
@@ -167,6 +170,9 @@ class TrainerCLI(LightningCLI):
         if self.datamodule.has_validation:
             best = {"filename": "best", "monitor": SKILL, "save_top_k": 1, "enable_version_counter": False}
             callbacks.append(ModelCheckpoint(self.checkpoints, **best))
+        own = any(isinstance(one, ProgressBar) for one in callbacks)
+        if self.option("trainer.enable_progress_bar") is not False and not own:
+            callbacks.append(Bar())
         return [*callbacks, KeepLast(self.checkpoints, self.option("save_every"))]
 
     @property
@@ -246,6 +252,12 @@ def main(arguments: list[str] | None = None) -> None:
         try:
             given = by_name(sys.argv[1:] if arguments is None else arguments)
             command = given[0] if given else ""
+            if command in ("", "-h", "--help"):
+                print(f"usage: trainer COMMAND [--OPTION VALUE ...]\n\n{DESCRIPTION}")
+                return
+            if not command.startswith("-") and command not in (commands := (*LIGHTNING, *OTHER_COMMANDS)):
+                tell(f"trainer has no command {command!r}.{meant(command, commands)} It has: {', '.join(commands)}.")
+                sys.exit(2)
             if command in OTHER_COMMANDS:
                 import_module(f"trainer.{command}_cli").main(given[1:])
                 return

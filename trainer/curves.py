@@ -81,6 +81,7 @@ def draw(folder: Path) -> Path | None:
         axes = figure.add_subplot(1, len(curves), i)
         axes.plot(list(values), list(values.values()), marker="o" if len(values) < 40 else None, markersize=3)
         axes.set(title=titles[name], xlabel="step", yscale="log")
+        axes.xaxis.get_major_locator().set_params(integer=True)  # there is no step 2.5
         axes.grid(alpha=0.3, which="both")
     path = folder / "curves.png"
     figure.savefig(path, dpi=120)

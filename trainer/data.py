@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from shardio import Dataset, Partition, ShardedBatch, ShardedDataLoader, Topology, open_dataset
-from shardio.errors import SelectionError
+from shardio.errors import DatasetError, SelectionError
 from shardio.partition import partition
 from shardio.sampler import valid_starts
 from trainer.strategy import DDPGroupStrategy
@@ -202,6 +203,12 @@ class ForecastDataModule(LightningDataModule):
 
     def _open(self, dates: Dates) -> Dataset:
         if dates not in self._opened:
+            path = Path(self.path)
+            if "://" not in self.path and not path.is_absolute() and not path.exists():
+                raise DatasetError(
+                    f"{self.path} does not exist: it would be {path.absolute()}. Paths are relative to the folder "
+                    "where the command is called; give --data.dataset PATH."
+                )
             self._opened[dates] = open_dataset(self.path, start=dates[0], end=dates[1], **self._chosen)  # type: ignore[arg-type]
         return self._opened[dates]
 

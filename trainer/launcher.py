@@ -14,6 +14,7 @@ from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 from trainer.failure import is_first, remedy, tell
+from trainer.progress import say
 
 GLANCE = 0.2  # seconds between two looks
 SECONDS_TO_END = 6.0  # for the first rank to notice by itself that another has ended
@@ -57,6 +58,7 @@ class RankLauncher(_SubprocessScriptLauncher):
             child.send_signal(signum)
 
     def _call_children_scripts(self) -> None:
+        say(f"starting {self.num_processes * self.num_nodes} ranks")
         os.environ["TRAINER_PARENT"] = str(os.getpid())
         # Ctrl-C reaches all of them. They ignore it from their first moment on; the first rank ends them.
         handler = signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,9 +1,15 @@
 """The command `trainer`: it teaches, refuses what cannot work before any rank starts, and prints results only."""
 
+import contextlib
+import fcntl
 import json
 import os
+import pty
+import re
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -12,6 +18,7 @@ from runs import Run, fit, tiny, trace, waves
 import shardio
 
 VALIDATION = ["--data.train_end=2020-01-05", "--data.val_start=2020-01-06", "--model.validation_steps=2"]
+UNITS = {"psi": "m2 s-1", "vo": "s-1", "u": "m s-1", "v": "m s-1", "t": "K"}
 M4 = ["--trainer.devices=4", "--strategy.num_gpus_per_model=4"]
 
 
@@ -24,6 +31,9 @@ def trained(tmp_path_factory):
     ("arguments", "words"),
     [
         (["--help"], "trainer fit --config demo"),
+        (["--help"], "  predict    forecasts from a checkpoint"),
+        (["plan", "--help"], "usage: trainer plan --config FILE [--OPTION VALUE ...]\n"),
+        (["plan", "--help"], "\n  trainer plan --config my.yaml --gpus-per-model 1,2,4,8,16\n"),
         (["fit", "--help"], "torchrun --nproc_per_node 4 -m trainer.cli fit"),
         (["fit", "--help"], "R, ranks that together read one sample; divides"),
         (["validate", "--help"], "compare with persistence"),
@@ -41,11 +51,18 @@ def test_help_teaches_on_stdout(tmp_path, arguments, words):
     [
         (["fit", "--nonsense=1"], "unrecognized arguments: --nonsense=1"),
         (["fit", "--data.batch_size=many"], "Expected a <class 'int'>. Got value: many"),
-        (["train"], "invalid choice: 'train'"),
+        (["fitt"], "trainer has no command 'fitt'. Did you mean fit? It has: fit, validate, predict, export, plan."),
+        (["fit", "--model.network.chanels=8"], "Did you mean model.network.channels?\nAll options: trainer fit --help"),
+        (["fit", "--config=typo.yaml"], "'model.network.chanels' (in typo.yaml). Did you mean model.network.channels?"),
+        (["fit", "--config=typo.yaml"], "All options: trainer fit --help"),
+        (["plan", "--config=typo.yaml"], "(in typo.yaml). Did you mean model.network.channels?"),
+        (["fit", "--model.forcings=lsm,insol"], "model.forcings is lsm,insol. Write [lsm,insol]."),
+        (["predict", "--start=2020"], "All options: trainer predict --help"),
         (["fit"], "arguments are required: fit.data.dataset"),
     ],
 )
 def test_wrong_usage_is_told_without_pages_of_usage(tmp_path, arguments, words):
+    (tmp_path / "typo.yaml").write_text("model: {network: {chanels: 8}}\n")
     run = Run(tmp_path, *arguments)
     assert run.wait() == [2]
     assert words in run.errors
@@ -78,6 +95,10 @@ CANNOT_WORK = {
     ),
     "channels": (["--model.network.num_heads=3"], "8 channels cannot be cut into 3 heads. Use num_heads of: 1, 2, 4"),
     "no dataset": (["--data.dataset=/nowhere.zarr"], "/nowhere.zarr does not exist. Check the path."),
+    "relative dataset": (
+        ["--data.dataset=no/where.zarr"],
+        "/no/where.zarr. Paths are relative to the folder where the",
+    ),
     "windows": (
         ["--model.rollout.maximum=40"],
         "28 training dates, 2020-01-01T00:00:00 to 2020-01-07T18:00:00, hold 0 windows of 1 + 40 dates without a gap",
@@ -140,7 +161,27 @@ def test_fit_prints_one_fact_and_leaves_log_picture_and_checkpoints(trained):
 def test_progress_goes_to_stderr(tmp_path):
     run = fit(tmp_path, *tiny("--trainer.max_steps=3", "--trainer.enable_progress_bar=true", "--json"))
     assert json.loads(run.printed)["step"] == 3
-    assert "Epoch 0" in run.errors
+    assert "Epoch 1/2" in run.errors
+
+
+def test_a_terminal_is_told_what_happens_before_the_first_step(tmp_path):
+    terminal, end = pty.openpty()
+    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 200, 0, 0))
+    words = tiny("--trainer.max_epochs=1", "--trainer.enable_progress_bar=true", "--trainer.devices=2")
+    command = [sys.executable, "-m", "trainer.cli", "fit", *words]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1", "TERM": "xterm"}
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=end)
+    os.close(end)
+    told = b""
+    with contextlib.suppress(OSError):  # the end of a terminal
+        while part := os.read(terminal, 65536):
+            told += part
+    os.close(terminal)
+    assert process.wait() == 0
+    assert told.index(b"starting 2 ranks ...") < told.index(b"building the graph ...") < told.index(b"Epoch 1/1")
+    assert told.count(b"building the graph ...") == 1
+    assert b"v_num" not in told
+    assert re.search(rb"train/loss: [0-9.e-]+", told)
 
 
 def test_validate_prints_the_same_scores_as_a_table_and_as_json(trained):
@@ -154,6 +195,7 @@ def test_validate_prints_the_same_scores_as_a_table_and_as_json(trained):
     for variable, leads in result["scores"].items():
         assert list(leads) == ["6h", "12h"]
         row = next(line for line in table.printed.splitlines() if f" {variable} " in line)
+        assert f" {UNITS[variable]} " in row
         for score in leads.values():
             assert f"{score['rmse']:.4g} ({score['persistence']:.4g})" in row
             assert score["ratio"] == pytest.approx(score["rmse"] / score["persistence"])

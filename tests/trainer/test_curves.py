@@ -1,5 +1,6 @@
 """The log of losses and its picture, over interrupted runs too."""
 
+from matplotlib.figure import Figure
 from runs import fit, tiny, trace
 
 from trainer.curves import SKILL, TRAINING, draw, read
@@ -22,6 +23,16 @@ def test_the_picture_is_drawn_with_and_without_validation(tmp_path):
     assert draw(tmp_path) is None
     write(tmp_path, 0, ["1,4.0,", "2,3.0,"])
     assert draw(tmp_path).read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_steps_of_a_short_run_are_whole_numbers(tmp_path, monkeypatch):
+    write(tmp_path, 0, ["1,4.0,", "2,3.0,", "3,2.0,"])
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    draw(tmp_path)
+    low, high = drawn[0].axes[0].get_xlim()
+    ticks = [tick for tick in drawn[0].axes[0].get_xticks() if low <= tick <= high]
+    assert ticks == [1, 2, 3]
 
 
 def test_the_loss_of_a_step_is_the_mean_of_its_batches_however_they_come(tmp_path):
