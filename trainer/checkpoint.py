@@ -92,7 +92,10 @@ class KeepLast(Checkpoint):
 
 def step_of(path: str | os.PathLike[str]) -> int:
     """The step it was written at; its tensors stay on the disk."""
-    return int(load(path, mmap=True)["global_step"])
+    found = load(path, mmap=True)
+    if not isinstance(found, dict) or "global_step" not in found:
+        raise DatasetError(f"{path} is no checkpoint of `trainer fit`. Give the path of a .ckpt file.")
+    return int(found["global_step"])
 
 
 def load(path: str | os.PathLike[str], device: Any = "cpu", mmap: bool = False) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import re
 
 import pytest
+import torch
 from runs import Run, checkpoint, fit, gone, tiny, trace
 
 from trainer.run_folder import described
@@ -70,4 +71,6 @@ def test_a_run_whose_checkpoint_is_damaged_is_described_all_the_same(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     assert described(tmp_path) == "no last.ckpt"
     (tmp_path / "checkpoints" / "last.ckpt").write_bytes(b"PK")
+    assert described(tmp_path).endswith("last.ckpt cannot be read")
+    torch.save([torch.zeros(1)], tmp_path / "checkpoints" / "last.ckpt")
     assert described(tmp_path).endswith("last.ckpt cannot be read")
