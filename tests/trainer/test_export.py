@@ -20,6 +20,7 @@ from torch import Tensor
 
 from shardio import open_dataset
 from shardio.errors import DatasetError, OutputError, PlanError
+from shardio.rechunk import Request, prepare, run
 from trainer.export import Exported, compile_program, compiled_path, export, read_program
 from trainer.export_cli import main
 from trainer.forecast import Forecast, load
@@ -84,6 +85,25 @@ def test_a_program_steps_itself_forward(forecast: Forecast, loaded: Loaded) -> N
         forcings = fields_at(str(lead.date), forecast, about)[:, -1, ..., prognostic:]
         newest = torch.cat([lead.fields[None, ..., :prognostic], forcings], dim=-1)
         fields = torch.cat([fields[:, 1:], newest[:, None]], dim=1)
+
+
+def test_a_program_of_a_dataset_in_compact_order_takes_its_cells_in_that_order(
+    forecast: Forecast, checkpoint: Path, path: str, tmp_path: Path
+) -> None:
+    run(prepare(Request(path, str(tmp_path / "compact.zarr"), 5, order="compact", sync=False)))
+    compact = load(checkpoint, tmp_path / "compact.zarr")
+    program, about = read_program(export(compact, tmp_path / "model.pt2").path)
+    with torch.no_grad():
+        answer = program.module()(fields_at(START, compact, about))[0]
+    (lead,) = compact.run(START, "6h")
+    check_same(answer, lead.fields, compact)
+    (native,) = forecast.run(START, "6h")
+    (stored,) = compact.dataset.cell_order
+    order = stored.values
+    assert not np.array_equal(order, np.arange(order.size))
+    expected, unit = native.fields[:, order], native.fields.nan_to_num().std(dim=(0, 1))
+    assert torch.equal(answer.isnan(), expected.isnan())
+    assert ((answer - expected).nan_to_num().abs() / unit).max() < 1e-5
 
 
 @pytest.mark.parametrize(("batch", "ensemble"), [(1, 1), (3, 1), (1, 5), (2, 3)])
