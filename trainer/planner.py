@@ -225,8 +225,9 @@ class Planner:
                 if row.step.peak <= usable:
                     break
         peak = chosen.step.peak
-        serves = self.field.chunk_cells is not None and all(row.reads.aligned for row in rows)
-        grid_chunks = rows[-1].reads.grid_chunks if serves else self.grid_chunks(rows[-1].ranks)
+        serves = self.field.chunk_cells is not None and chosen.reads.aligned
+        most = rows[-1].ranks if rows[-1].ranks % chosen.ranks == 0 else chosen.ranks
+        grid_chunks = chosen.reads.grid_chunks if serves else self.grid_chunks(most)
         return Recommendation(smallest, chosen.ranks, chunks, grid_chunks, not serves, peak, peak <= usable)
 
     def _more_chunks(self, row: Row) -> Iterator[tuple[Row, int]]:

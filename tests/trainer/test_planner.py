@@ -282,9 +282,20 @@ def shown(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 def test_a_dataset_is_cut_anew_only_where_its_chunks_do_not_serve(capsys: pytest.CaptureFixture[str]) -> None:
     words = (f"--data.dataset={waves()}", "--model.forcings=[]")
     assert "; the dataset as it is." in shown(capsys, *words, "--gpus-per-model=1,2,4")
-    uneven = shown(capsys, *words, "--gpus-per-model=2,8")
+    uneven = shown(capsys, *words, "--gpus-per-model=8")
     assert "; shardio rechunk --grid-chunks 8." in uneven
     assert "The 4 grid-chunks of the dataset are no whole number for each rank of M 8:" in uneven
+
+
+def test_the_recommended_group_alone_decides_whether_the_dataset_serves(capsys: pytest.CaptureFixture[str]) -> None:
+    words = (f"--data.dataset={waves()}", "--model.forcings=[]")
+    several = shown(capsys, *words, "--gpus-per-model=1,2,3,8")
+    assert "Recommended: num_gpus_per_model 1," in several
+    assert "; the dataset as it is." in several
+    assert "no whole number for each rank of M 3, 8:" in several
+    between = shown(capsys, *words, "--gpus-per-model=3,8")  # 8 grid-chunks would not serve 3 ranks
+    assert "Recommended: num_gpus_per_model 3," in between
+    assert "; shardio rechunk --grid-chunks 3." in between
 
 
 def test_a_coarse_hidden_mesh_is_remarked(capsys: pytest.CaptureFixture[str]) -> None:
