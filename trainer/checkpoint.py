@@ -93,7 +93,7 @@ class KeepLast(Checkpoint):
 def step_of(path: str | os.PathLike[str]) -> int:
     """The step it was written at; its tensors stay on the disk."""
     found = load(path, mmap=True)
-    if not isinstance(found, dict) or "global_step" not in found:
+    if not isinstance(found, dict) or not {"global_step", "shardio"} <= found.keys():
         raise DatasetError(f"{path} is no checkpoint of `trainer fit`. Give the path of a .ckpt file.")
     return int(found["global_step"])
 

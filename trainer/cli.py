@@ -23,7 +23,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 import shardio
 from shardio.allocator import keep_freed_memory
 from shardio.errors import DatasetError, PlanError
-from trainer.checkpoint import KeepLast
+from trainer.checkpoint import KeepLast, step_of
 from trainer.configs import by_name
 from trainer.curves import SKILL, LossCurve
 from trainer.data import ForecastDataModule
@@ -34,7 +34,7 @@ from trainer.module import ForecastModule
 from trainer.preflight import check
 from trainer.progress import Bar
 from trainer.report import show
-from trainer.run_folder import CHECKPOINTS, RUN, claim, clear, described, refuse_existing
+from trainer.run_folder import CHECKPOINTS, RUN, Replace, claim, described, refuse_existing
 from trainer.strategy import DDPGroupStrategy
 
 DESCRIPTION = """Train forecast models that never see the full grid.
@@ -139,6 +139,13 @@ class TrainerCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         if self.subcommand == "validate":
             self.save_config_callback = None
+            return
+        # Not for the YAML that the run keeps: who trains with it again has not asked to replace anything.
+        self._overwrite = bool(self.option("overwrite"))
+        self.config[self.subcommand].overwrite = False
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning would read the checkpoint for options of the model: it holds none, and may not be one."""
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """With our strategy, loggers and checkpoints; under torchrun or SLURM with as many processes as they start."""
@@ -210,12 +217,11 @@ class TrainerCLI(LightningCLI):
 
     def _take_folder(self, resumed: str | None) -> None:
         """Every rank refuses to replace a run, so that none waits for the others; the first one holds the folder."""
-        first, overwrite = self.trainer.is_global_zero, self.option("overwrite")
-        if first:
+        if self.trainer.is_global_zero:
             claim(self.folder)
-        refuse_existing(self.folder, resumed, overwrite)
-        if first and overwrite:
-            clear(self.folder)
+        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
+        if not refuse_existing(self.folder, resumed, self._overwrite):
+            callbacks.insert(0, Replace(self.folder))  # before those that write checkpoints
 
     def _checkpoint_path(self) -> str | None:
         """`last` and `best` are those of the run; to go on with `last` where none is yet means to begin."""
@@ -233,6 +239,8 @@ class TrainerCLI(LightningCLI):
                 return None
         if path is not None and not Path(path).exists():
             raise DatasetError(f"there is no checkpoint {path}. Give the path of a .ckpt file, or: last, best.")
+        if path is not None:
+            step_of(path)  # says what is none
         return path
 
     def end_ranks(self) -> None:

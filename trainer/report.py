@@ -33,11 +33,12 @@ def show(cli: TrainerCLI, seconds: float) -> None:
 
 def _training(cli: TrainerCLI, seconds: float) -> dict[str, Any]:
     ratio = cli.trainer.callback_metrics.get("val/rmse_over_persistence")
-    losses = read(cli.checkpoints.parent, TRAINING)
+    step = cli.trainer.global_step
+    losses = [loss for at, loss in read(cli.folder, TRAINING).items() if at <= step]  # it may have gone back
     return {
-        "step": cli.trainer.global_step,
+        "step": step,
         "seconds": round(seconds, 3),
-        "loss": losses[max(losses)] if losses else float("nan"),
+        "loss": losses[-1] if losses else float("nan"),
         "rmse_over_persistence": None if ratio is None else float(ratio),
         "checkpoint": str(cli.checkpoints / "last.ckpt"),
         "picture": str(cli.checkpoints.parent / "curves.png"),

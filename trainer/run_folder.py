@@ -8,6 +8,9 @@ import shutil
 import socket
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, Trainer
 
 from shardio.errors import DatasetError, OutputError
 from trainer.checkpoint import step_of
@@ -17,8 +20,8 @@ LOCK = ".lock"
 CHECKPOINTS = "checkpoints"
 
 
-def refuse_existing(folder: Path, resumed: str | None, overwrite: bool) -> None:
-    """OutputError where the run in `folder` would be replaced without being asked for.
+def refuse_existing(folder: Path, resumed: str | None, overwrite: bool) -> bool:
+    """Whether the run in `folder` goes on; OutputError where it would be replaced without being asked for.
 
     Args:
       folder: of the run.
@@ -34,6 +37,7 @@ def refuse_existing(folder: Path, resumed: str | None, overwrite: bool) -> None:
             f"{folder} holds a run, {described(folder)}. Use --ckpt_path last to go on with it, another --output to "
             "keep it, or --overwrite to replace it."
         )
+    return own
 
 
 def described(folder: Path) -> str:
@@ -75,9 +79,20 @@ def claim(folder: Path) -> int:
     return descriptor
 
 
-def clear(folder: Path) -> None:
-    """Remove checkpoints, logs and picture of the run that is to be replaced: none is taken for the new one's."""
-    for path in (folder / CHECKPOINTS).glob("*.ckpt"):
-        path.unlink(missing_ok=True)
-    shutil.rmtree(folder / "logs", ignore_errors=True)
-    (folder / "curves.png").unlink(missing_ok=True)
+class Replace(Callback):
+    """Removes what another run left in the folder, once the new one has taken a step: until then it may yet fail."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._is_done = False
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.is_global_zero and not self._is_done:
+            for path in (self.folder / CHECKPOINTS).glob("*.ckpt"):
+                path.unlink(missing_ok=True)
+            for own in (Path(logger.log_dir) for logger in trainer.loggers if logger.log_dir):
+                for log in own.parent.glob("version_*"):
+                    if log.name != own.name:
+                        shutil.rmtree(log, ignore_errors=True)
+            (self.folder / "curves.png").unlink(missing_ok=True)
+        self._is_done = True

@@ -1,5 +1,6 @@
 """The folder of a run: nothing in it is replaced unasked, and one training at a time writes to it."""
 
+import json
 import re
 
 import pytest
@@ -39,6 +40,41 @@ def test_overwrite_replaces_a_run_and_all_that_it_logged(tmp_path):
     assert list(trace(run.output)) == [1, 2, 3]
     assert [path.name for path in (run.output / "checkpoints").iterdir()] == ["last.ckpt"]
     assert any(not weights[name].equal(values) for name, values in checkpoint(run.output)["state_dict"].items())
+
+
+def test_what_is_to_be_overwritten_stays_until_the_new_run_has_taken_a_step(trained, tmp_path):
+    before = fit(tmp_path, *SHORT)
+    kept = {path: path.read_bytes() for path in before.output.rglob("*") if path.is_file() and path.name != ".lock"}
+    other = trained.output / "checkpoints" / "last.ckpt"
+    run = Run(tmp_path, "fit", *SHORT, "--overwrite", f"--ckpt_path={other}", "--model.graph.hidden=ico0")
+    assert run.wait() == [1]
+    assert all(path.read_bytes() == content for path, content in kept.items())
+
+
+def test_a_run_that_replaced_another_does_not_say_so_in_the_configuration_it_keeps(trained):
+    run = fit(trained.folder, *SHORT, "--overwrite", "--output=again")
+    (kept,) = run.output.parent.glob("again/logs/version_*/config.yaml")
+    assert "overwrite: false" in kept.read_text()
+
+
+def test_logs_of_a_run_that_left_no_checkpoint_are_not_taken_for_the_new_one(tmp_path):
+    dead = tmp_path / "run" / "logs" / "version_0"
+    dead.mkdir(parents=True)
+    (dead / "metrics.csv").write_text("step,train/loss\n9,1e9\n")
+    run = fit(tmp_path, *SHORT, "--json")
+    assert list(trace(run.output)) == [1, 2, 3]
+    assert json.loads(run.printed)["loss"] < 1e3
+
+
+@pytest.mark.parametrize("content", [b"model: {}", b"PK\x03\x04cut short", None])
+def test_what_is_no_checkpoint_is_told_as_such(trained, content):
+    path = trained.folder / "no.ckpt"
+    torch.save({"global_step": 3}, path) if content is None else path.write_bytes(content)
+    run = Run(trained.folder, "fit", *SHORT, "--ckpt_path=no.ckpt", "--output=elsewhere")
+    assert run.wait() == [1]
+    assert len(run.errors.splitlines()) == 1
+    assert "no.ckpt is no checkpoint of" in run.errors or "no.ckpt cannot be read" in run.errors
+    assert "weights_only" not in run.errors
 
 
 def test_what_is_to_be_overwritten_cannot_be_resumed(trained):
