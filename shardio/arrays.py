@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from shardio.codec import crc32c
 from shardio.errors import ChunkError, DatasetError
 from shardio.layout import ArrayLayout, parse
 from shardio.reader import overlap
@@ -64,8 +65,11 @@ def _fill(values: NDArray[Any], chunk: tuple[int, ...], stored: bytes | None, la
         return
     in_place = layout.chunks == layout.shape
     decoded = values if in_place else np.empty(layout.chunks, layout.dtype)
+    payload = memoryview(stored)[: len(stored) - 4 * layout.checked]
+    if layout.checked and crc32c(payload) != int.from_bytes(stored[-4:], "little"):
+        raise DatasetError(f"{where} cannot be read: the crc32c of the stored bytes does not match. Restore a copy.")
     try:
-        layout.codec.decode(memoryview(stored)[: len(stored) - 4 * layout.checked], decoded)
+        layout.codec.decode(payload, decoded)
     except ChunkError as error:
         raise DatasetError(f"{where} cannot be read: {error}") from error
     if not in_place:

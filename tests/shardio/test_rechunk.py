@@ -11,7 +11,7 @@ import pytest
 import xarray
 import zarr.codecs
 
-from shardio.errors import ChunkError, OutputError, PlanError, ShardioError
+from shardio.errors import ChunkError, DatasetError, OutputError, PlanError, ShardioError
 from shardio.source import Selection
 
 SHAPE = (5, 3, 2, 23)
@@ -244,6 +244,21 @@ def test_fill_missing_chunks_takes_the_fill_value(build, opened, cli, tmp_path):
     data = opened(tmp_path / "b.zarr")[0]["data"]
     assert np.isnan(data[2, 1, 0, 15:20]).all()
     assert (bits(data) == bits(expected))[~np.isnan(expected)].all()
+
+
+def test_a_flipped_bit_in_coordinates_with_a_checksum_is_an_error(build, rechunk, tmp_path):
+    source = build(tmp_path / "a.zarr", 3)
+    group = zarr.open_group(source.path, mode="a")
+    values = group["latitudes"][...]
+    codecs = [zarr.codecs.Crc32cCodec()]
+    group.create_array("latitudes", data=values, chunks=values.shape, compressors=codecs, overwrite=True)
+    file = source.path / "latitudes" / "c" / "0"
+    content = bytearray(file.read_bytes())
+    rechunk(source.path, tmp_path / "b.zarr", 4)
+    content[5] ^= 64
+    file.write_bytes(content)
+    with pytest.raises(DatasetError, match="latitudes cannot be read: the crc32c of the stored bytes does not match"):
+        rechunk(source.path, tmp_path / "c.zarr", 4)
 
 
 @pytest.mark.parametrize("zarr_format", [2, 3])
