@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -39,6 +40,7 @@ model group. Nothing is trained, and no data is read.
 
 Flags of the training, --model.* and --data.*, win over the configuration, as in `trainer fit`."""
 CELLS_OF_A_NODE = 500  # beyond which a hidden mesh is called coarse
+WIDEST = 2**14  # characters of a line in a file or a pipe, where none is broken
 HOW = {
     "graph": "counted on the real graph, cut as in training",
     "rank": "counted on the real part of the rank in the middle; hidden nodes are cut by their number, not by work",
@@ -194,7 +196,8 @@ def parse_size(text: str) -> int:
 # -------------------------------------------------------------------------------------------------------------- output
 def show(planner: Planner, rows: list[Row], advice: Recommendation, memory: int) -> None:
     """As tables on stdout."""
-    job, console = planner.job, Console(highlight=False)
+    width = None if sys.stdout.isatty() else WIDEST
+    job, console = planner.job, Console(highlight=False, width=width)
     console.print(
         f"[bold]{planner.field.name}[/]: {planner.field.cells:,} cells, hidden mesh {planner.options.hidden}; "
         f"batch {job.batch}, rollout {job.rollout}, {job.precision} on {job.accelerator}; num_chunks "

@@ -274,6 +274,16 @@ def test_a_configuration_and_a_dataset_are_planned_as_they_are(
         assert word in shown
 
 
+def test_in_a_pipe_no_line_is_broken(capsys: pytest.CaptureFixture[str]) -> None:
+    plan_cli.main([*WORDS, f"--data.dataset={waves()}", "--model.forcings=[]", "--gpus-per-model=8"])
+    lines = capsys.readouterr().out.splitlines()
+    assert any(
+        line.startswith("Recommended: ") and line.endswith("; shardio rechunk --grid-chunks 8.") for line in lines
+    )
+    assert lines[0].endswith("the largest rank of M")
+    assert lines[-1].endswith(".")
+
+
 def shown(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     plan_cli.main([*WORDS, *words])
     return " ".join(capsys.readouterr().out.split())
