@@ -31,7 +31,10 @@ def relative_tendencies(
     """
     try:
         deviation = dataset.statistics_tendencies()["stdev"]
+        is_whole = bool(np.isfinite(deviation).all())
     except SelectionError:  # it has none of this step
+        is_whole = False
+    if not is_whole:
         deviation = _sampled(dataset, cells, group, device)
     stdev = dataset.statistics["stdev"]
     relative = np.divide(deviation, stdev, out=np.zeros_like(stdev), where=stdev > 0.0)

@@ -72,6 +72,13 @@ def test_what_the_dataset_says_of_another_step_is_not_taken(path: str) -> None:
     assert np.array_equal(of_all(open_dataset(path, frequency="12h")), plain)
 
 
+def test_statistics_that_are_not_known_of_some_variable_are_not_taken(path: str) -> None:
+    """As where they were computed without leaving out NaN."""
+    sampled = of_all(open_dataset(path))
+    store(path, "6h", np.where(np.arange(STORED.size) == 1, np.nan, STORED))
+    assert np.array_equal(of_all(open_dataset(path)), sampled)
+
+
 def test_statistics_of_another_dataset_are_taken_with_their_tendencies(path: str, tmp_path: Path) -> None:
     other = write_dataset(tmp_path / "other.zarr", "octahedral")
     store(other, "6h")
