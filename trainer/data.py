@@ -203,13 +203,17 @@ class ForecastDataModule(LightningDataModule):
 
     def _open(self, dates: Dates) -> Dataset:
         if dates not in self._opened:
-            path = Path(self.path)
-            if "://" not in self.path and not path.is_absolute() and not path.exists():
+            try:
+                self._opened[dates] = open_dataset(self.path, start=dates[0], end=dates[1], **self._chosen)  # type: ignore[arg-type]
+            except DatasetError as error:
+                path = Path(self.path)
+                there = path.exists() or path.with_name(f"{path.name}.partial").exists()
+                if there or "://" in self.path or path.is_absolute():
+                    raise
                 raise DatasetError(
-                    f"{self.path} does not exist: it would be {path.absolute()}. Paths are relative to the folder "
-                    "where the command is called; give --data.dataset PATH."
-                )
-            self._opened[dates] = open_dataset(self.path, start=dates[0], end=dates[1], **self._chosen)  # type: ignore[arg-type]
+                    f"{error} It would be {path.absolute()}. Paths are relative to the folder where the command is "
+                    "called; give --data.dataset PATH."
+                ) from error
         return self._opened[dates]
 
     def _loader(

@@ -1,8 +1,14 @@
 """The data module: every way to load gives the same training, and nothing of it stays behind."""
 
+from pathlib import Path
+
 import pytest
 from datasets import write_dataset
 from runs import Run, checkpoint, fit, tiny, trace, waves
+
+from shardio.errors import DatasetError
+from shardio.job import Job
+from trainer.data import ForecastDataModule
 
 TWO = ["--strategy.num_gpus_per_model=2", "--trainer.max_steps=6", "--data.val_start=2020-01-06"]
 
@@ -92,6 +98,17 @@ def test_an_epoch_reads_only_the_dates_of_its_rollout(tmp_path):
     assert {batches for _, _, batches in epochs} == {200 - 3}, "epochs are equally long"
     whole = epochs[-1][1]
     assert [nbytes / whole for _, nbytes, _ in epochs] == pytest.approx([2 / 4, 3 / 4, 1, 1], rel=0.1)
+
+
+def test_a_dataset_in_the_making_is_told_with_the_command_that_finishes_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = "shardio rechunk source.zarr m.zarr --grid-chunks 4"
+    Job(Path("m.zarr"), {"dates": 3}, command, True).close()
+    with pytest.raises(DatasetError, match="is incomplete: 0 of 3 dates are written") as told:
+        _ = ForecastDataModule("m.zarr").dataset
+    assert str(told.value).endswith(f"Finish it with: {command}")
+    with pytest.raises(DatasetError, match=f"other.zarr does not exist.* It would be {tmp_path}/other.zarr. Paths are"):
+        _ = ForecastDataModule("other.zarr").dataset
 
 
 def test_another_strategy_is_refused(tmp_path):
