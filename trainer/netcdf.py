@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,18 @@ from shardio import Dataset, open_dataset
 from shardio.errors import OutputError
 
 CONVENTIONS = "CF-1.8"
+OWN = ("latitude", "longitude", "cell", "realization", "time", "forecast_reference_time", "forecast_period")
 EPOCH = np.datetime64("1970-01-01", "s")
+
+
+def refuse_own_names(variables: Iterable[str]) -> None:
+    """OutputError where a variable is called as a dimension or coordinate of the files."""
+    own = [name for name in variables if name in OWN]
+    if own:
+        raise OutputError(
+            f"{', '.join(own)} cannot be written as NetCDF, where that is the name of a coordinate. Leave it out with "
+            "--variables, or leave out --netcdf."
+        )
 
 
 def export(
@@ -36,9 +47,10 @@ def export(
       path: of the file.
       overwrite: replace a file that is there.
       report: told after every date.
-    Raises: OutputError if another file is there, or it cannot be written.
+    Raises: OutputError if another file is there, or it cannot be written, or a variable is called as a coordinate.
     """
     dataset, target = open_dataset(source), Path(path)
+    refuse_own_names(dataset.variables)
     identity = json.dumps(dataset.parts[0].source.attributes.get("shardio", {}), sort_keys=True)
     origin = sha256(identity.encode()).hexdigest()
     if target.exists() and not overwrite:
@@ -52,8 +64,11 @@ def export(
         with partial.open("rb") as written:
             os.fsync(written.fileno())
         partial.replace(target)
-    except (OSError, RuntimeError) as error:  # netCDF4 reports a full disk as RuntimeError
-        raise OutputError(f"{target} cannot be written: {error}. Free space, then run it again.") from error
+    except (OSError, RuntimeError) as error:  # netCDF4 reports a full disk as RuntimeError, and does not say so
+        raise OutputError(
+            f"{target} cannot be written: {error}. See that its folder is there, may be written, and has space, then "
+            "run it again."
+        ) from error
     finally:
         partial.unlink(missing_ok=True)
     return True

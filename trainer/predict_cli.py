@@ -24,7 +24,7 @@ from trainer.flags import Parser, known, meant, parser_of, underscored, unknown
 from trainer.forecast import assemble, forecast_partition, read_trained
 from trainer.launcher import RankLauncher, started_by_others
 from trainer.module import ForecastModule
-from trainer.netcdf import export
+from trainer.netcdf import export, refuse_own_names
 from trainer.predict import Task, Written, initial_dates, path_of, plan, write
 from trainer.run_folder import CHECKPOINTS, RUN
 from trainer.strategy import DDPGroupStrategy
@@ -96,6 +96,8 @@ def main(arguments: list[str]) -> None:
     names = [name.strip() for name in options.variables.split(",")] if options.variables is not None else None
     asked = (options.lead_time, folder, names, options.members, config)
     tasks = [plan(trained, dataset, cells, date, *asked) for date in dates]
+    if options.netcdf:
+        refuse_own_names(tasks[0].about.variables)
     missing = [task for task in tasks if options.overwrite or not task.is_complete]
     _prepare(folder, missing, options.overwrite)
 

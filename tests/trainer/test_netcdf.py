@@ -3,13 +3,14 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import netCDF4
 import numpy as np
 import pytest
 import xarray
 
 from shardio import Description, ShardedWriter, open_dataset
 from shardio.errors import OutputError
-from trainer.netcdf import export
+from trainer.netcdf import OWN, export
 
 NAMES = ("t_850", "tp")
 START = "2021-03-02T00:00:00"
@@ -19,7 +20,7 @@ START = "2021-03-02T00:00:00"
 def forecast(tmp_path: Path) -> Callable[..., Path]:
     """`forecast(members, table)`: a dataset on a table of 4 x 6 cells, or on the same cells in another order."""
 
-    def forecast(members: int = 1, table: bool = True, name: str = "f.zarr") -> Path:
+    def forecast(members: int = 1, table: bool = True, name: str = "f.zarr", names: tuple[str, ...] = NAMES) -> Path:
         latitudes, longitudes = (
             axis.ravel() for axis in np.meshgrid([60.0, 20.0, -20.0, -60.0], np.arange(0.0, 360.0, 60.0), indexing="ij")
         )
@@ -27,7 +28,7 @@ def forecast(tmp_path: Path) -> Callable[..., Path]:
         metadata = {"t_850": {"units": "K", "long_name": "temperature", "mars": {"param": "t"}}}
         about = Description(
             np.datetime64(START, "s") + np.arange(1, 4) * np.timedelta64(21600, "s"),
-            NAMES,
+            names,
             latitudes[order],
             longitudes[order],
             members,
@@ -101,6 +102,22 @@ def test_the_same_file_is_kept_and_another_refused(forecast: Callable[..., Path]
     assert [file.name for file in tmp_path.glob("*f.nc*")] == ["f.nc"]
 
 
+@pytest.mark.parametrize("name", OWN)
+def test_a_variable_called_as_a_coordinate_is_refused(forecast: Callable[..., Path], tmp_path: Path, name: str) -> None:
+    with pytest.raises(OutputError, match=f"^{name} cannot be written as NetCDF, .*Leave it out with --variables"):
+        export(forecast(names=("t_850", name)), tmp_path / "f.nc")
+    assert not list(tmp_path.glob("*f.nc*"))
+
+
+def test_every_name_of_the_file_that_is_no_variable_is_refused(forecast: Callable[..., Path], tmp_path: Path) -> None:
+    names: set[str] = set()
+    for table in (True, False):
+        export(forecast(2, table, f"{table}.zarr"), tmp_path / f"{table}.nc")
+        with netCDF4.Dataset(tmp_path / f"{table}.nc") as found:
+            names |= {*found.variables, *found.dimensions}
+    assert names - set(NAMES) == set(OWN)
+
+
 def test_a_folder_that_is_not_there_is_an_error_with_a_remedy(forecast: Callable[..., Path], tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match=r"f.nc cannot be written: .*Free space, then run it again"):
+    with pytest.raises(OutputError, match=r"f.nc cannot be written: .*See that its folder is there, may be"):
         export(forecast(), tmp_path / "none" / "f.nc")
