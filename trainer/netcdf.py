@@ -166,7 +166,8 @@ def _attributes(dataset: Dataset, name: str) -> dict[str, str]:
 def _origin_of(path: Path) -> str | None:
     try:
         with netCDF4.Dataset(path) as file:
+            whole = getattr(file, "shardio_origin", None)  # of files written before there was a digest
             origin: str | None = getattr(file, "source_digest", None)
-            return origin
+            return sha256(whole.encode()).hexdigest() if whole else origin
     except (OSError, RuntimeError):
         return None

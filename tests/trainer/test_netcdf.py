@@ -1,5 +1,6 @@
 """The NetCDF file has the values of the dataset, on axes where the grid has them, and decodes as CF says."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -100,6 +101,19 @@ def test_the_same_file_is_kept_and_another_refused(forecast: Callable[..., Path]
         export(other, target)
     assert export(other, target, overwrite=True)
     assert [file.name for file in tmp_path.glob("*f.nc*")] == ["f.nc"]
+
+
+def test_a_file_that_names_its_source_in_full_is_kept(forecast: Callable[..., Path], tmp_path: Path) -> None:
+    """As files did before they had a digest."""
+    path, target = forecast(), tmp_path / "f.nc"
+    export(path, target)
+    with netCDF4.Dataset(target, "a") as file:
+        file.delncattr("source_digest")
+        identity = open_dataset(path).parts[0].source.attributes["shardio"]
+        file.shardio_origin = json.dumps(identity, sort_keys=True)
+    assert not export(path, target)
+    with pytest.raises(OutputError, match=r"f.nc exists and is something else"):
+        export(forecast(members=2, name="other.zarr"), target)
 
 
 @pytest.mark.parametrize("name", OWN)
