@@ -26,6 +26,7 @@ from trainer.launcher import RankLauncher, started_by_others
 from trainer.module import ForecastModule
 from trainer.netcdf import export, refuse_own_names
 from trainer.predict import Task, Written, initial_dates, path_of, plan, write
+from trainer.result import one_object
 from trainer.run_folder import CHECKPOINTS, RUN
 from trainer.strategy import DDPGroupStrategy
 
@@ -106,37 +107,37 @@ def main(arguments: list[str]) -> None:
     group, whole = _groups(topology, timedelta(seconds=options.timeout_seconds))
     place = Place(cells, topology.model_rank, group, fabric.device)
     say = print if not options.json else _silent
-    forecasts: list[dict[str, Any]] = []
-    for task in tasks if topology.rank == 0 else ():
-        if task not in missing:
-            forecasts.append({"path": str(task.path), "steps": 0, "kept": True})
-            say(f"kept {task.path}: it is complete", flush=True)
-    mine = missing[topology.data_rank :: topology.data_size]
-    if mine:
-        network = {"num_chunks": options.num_chunks} if options.num_chunks else {}
-        forecast = assemble(trained, dataset, place, **network)
-    command = shlex.join(["trainer", "predict", *arguments])
-    with _Bar(topology.rank == 0) as bar:
-        for task in mine:
-            report = bar.report(str(task.initial))
-            done = write(forecast, task, options.overwrite, options.ahead, not options.no_fsync, command, report)
-            if topology.model_rank == 0:
-                forecasts.append(_result(done))
-                say(_sentence(done), flush=True)
-    result: dict[str, Any] = {"forecasts": _of_all_ranks(forecasts, whole)}  # which waits for all of them
-    paths = [task.path for task in tasks]
-    if options.evaluate:
-        scores, text = _evaluate(options, config, paths, dataset, place, topology, whole)
-        result |= scores
-        if topology.rank == 0:
-            say(text, flush=True)
-    if options.netcdf and topology.rank == 0:  # no rank waits for it: there is nothing to do after it
-        result["netcdf"] = [str(path.with_suffix(".nc")) for path in paths]
-        for path in paths:
-            export(path, path.with_suffix(".nc"), options.overwrite)
-            say(f"wrote {path.with_suffix('.nc')}", flush=True)
-    if options.json and topology.rank == 0:
-        print(json.dumps(result), flush=True)
+    with one_object(options.json and topology.rank == 0) as result:
+        forecasts: list[dict[str, Any]] = result.setdefault("forecasts", [])
+        for task in tasks if topology.rank == 0 else ():
+            if task not in missing:
+                forecasts.append({"path": str(task.path), "steps": 0, "kept": True})
+                say(f"kept {task.path}: it is complete", flush=True)
+        mine = missing[topology.data_rank :: topology.data_size]
+        if mine:
+            network = {"num_chunks": options.num_chunks} if options.num_chunks else {}
+            forecast = assemble(trained, dataset, place, **network)
+        command = shlex.join(["trainer", "predict", *arguments])
+        with _Bar(topology.rank == 0) as bar:
+            for task in mine:
+                report = bar.report(str(task.initial))
+                done = write(forecast, task, options.overwrite, options.ahead, not options.no_fsync, command, report)
+                if topology.model_rank == 0:
+                    forecasts.append(_result(done))
+                    say(_sentence(done), flush=True)
+        result["forecasts"] = _of_all_ranks(forecasts, whole)  # which waits for all of them
+        paths = [task.path for task in tasks]
+        if options.evaluate:
+            scores, text = _evaluate(options, config, paths, dataset, place, topology, whole)
+            result |= scores
+            if topology.rank == 0:
+                say(text, flush=True)
+        if options.netcdf and topology.rank == 0:  # no rank waits for it: there is nothing to do after it
+            files: list[str] = result.setdefault("netcdf", [])
+            for path in paths:
+                export(path, path.with_suffix(".nc"), options.overwrite)
+                files.append(str(path.with_suffix(".nc")))
+                say(f"wrote {path.with_suffix('.nc')}", flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------- the options
@@ -310,7 +311,7 @@ def _sentence(done: Written) -> str:
 
 
 def _silent(*_: Any, **__: Any) -> None:
-    """With --json all is said at the end."""
+    """With --json all is said at the end, in one object."""
 
 
 class _Bar:

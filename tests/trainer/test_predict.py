@@ -21,10 +21,11 @@ from runs import Run
 from watch import Watch, living_ids
 
 from shardio import open_dataset, verify
-from shardio.errors import SelectionError
+from shardio.errors import OutputError, SelectionError
 from shardio.rechunk import Request, prepare
 from shardio.rechunk import run as rechunk
 from shardio.synthetic import octahedral
+from trainer import predict_cli
 from trainer.forecast import load
 from trainer.predict import initial_dates, plan, write
 from trainer.predict_cli import DESCRIPTION, build_parser
@@ -427,6 +428,23 @@ def test_last_is_that_of_the_run_of_the_configuration(checkpoint: Path, path: st
     process = Run(tmp_path, *given, f"--config={config}")
     assert process.wait() == [1]
     assert "sets data.datset, which is no option. Did you mean data.dataset?" in process.errors
+
+
+def test_what_was_done_is_printed_also_when_a_late_part_fails(
+    checkpoint: Path, path: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [f"--ckpt_path={checkpoint}", f"--dataset={path}", f"--output={tmp_path}", "--lead-time=6h", "--json"]
+    words += [f"--start={START},2021-03-03", "--netcdf"]
+    taken = tmp_path / "2021-03-03T0000.nc"
+    taken.write_text("of somebody else")
+    with pytest.raises(OutputError, match=r"2021-03-03T0000.nc exists and is something else"):
+        predict_cli.main(words)
+    done = json.loads(capsys.readouterr().out)
+    assert [(Path(one["path"]).name, one["steps"], one["kept"]) for one in done["forecasts"]] == [
+        (NAME, 1, False),
+        ("2021-03-03T0000.zarr", 1, False),
+    ]
+    assert done["netcdf"] == [str((tmp_path / NAME).with_suffix(".nc"))]
 
 
 def test_help_keeps_its_lines(capsys: pytest.CaptureFixture[str]) -> None:
