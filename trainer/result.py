@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,4 +20,13 @@ def one_object(shown: bool) -> Iterator[dict[str, Any]]:
         yield done
     finally:
         if shown:
-            print(json.dumps(done), flush=True)
+            print(json.dumps(defined(done), allow_nan=False), flush=True)
+
+
+def defined(value: Any) -> Any:
+    """The same with None for numbers that JSON does not have: NaN and the infinities."""
+    if isinstance(value, dict):
+        return {name: defined(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [defined(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,10 +1,17 @@
-"""What is printed with --json is one object, whatever happens."""
+"""What is printed with --json is one object of the standard, whatever happens."""
 
 import json
 
+import numpy as np
 import pytest
 
 from trainer.result import one_object
+
+
+def test_numbers_that_json_does_not_have_are_null(capsys: pytest.CaptureFixture[str]) -> None:
+    with one_object(True) as done:
+        done["scores"] = [{"acc": float("nan"), "rmse": np.float64(0.5)}, {"acc": (float("inf"), -np.inf), "lead": 6}]
+    assert capsys.readouterr().out == '{"scores": [{"acc": null, "rmse": 0.5}, {"acc": [null, null], "lead": 6}]}\n'
 
 
 @pytest.mark.parametrize("shown", [True, False])
