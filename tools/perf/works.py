@@ -5,12 +5,12 @@ Training and forecasting take the trainer's own parts, without Lightning around 
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -106,25 +106,24 @@ class Rechunk:
         return clock.split
 
     def outcome(self) -> Counters:
-        peak = {"peak_bytes": self._peak_bytes()} if self._scheduler is None else {}
+        # What is imported or collected meanwhile only adds to it.
+        peak = {"peak_bytes": min(self._peak_bytes() for _ in range(3))} if self._scheduler is None else {}
         return stored(self._output) | {"tasks": self._tasks} | peak
 
     def _peak_bytes(self) -> int:
-        """Of arrays and of chunks while fields are copied, on one core: with more cores there are more at a time."""
-        allowed = os.sched_getaffinity(0)
-        os.sched_setaffinity(0, {min(allowed)})
+        """Of arrays and of chunks while fields are copied, one after the other: else threads decide how many."""
         prepared, folder = prepare(self._site.request(self._output)), self._output.with_suffix(".peak")
         begin_data(folder, prepared.layout, {})
+        plan = replace(prepared.plan, threads=1, in_flight=1)
         tracemalloc.start()
         try:
             for _ in execute_here(
-                prepared.source, prepared.layout, prepared.plan, folder / "data", list(prepared.plan.tasks), sync=False
+                prepared.source, prepared.layout, plan, folder / "data", list(plan.tasks), sync=False
             ):
                 pass
             return tracemalloc.get_traced_memory()[1]
         finally:
             tracemalloc.stop()
-            os.sched_setaffinity(0, allowed)
 
 
 class Rank:
