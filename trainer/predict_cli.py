@@ -281,11 +281,11 @@ def _evaluate(
     period = (data.get("train_start"), data.get("train_end")) if data.get("train_end") else None
     mine = slice(topology.data_rank, None, topology.data_size)
     scores = evaluate(paths, dataset, place.owned, whole, period, mine)
-    if topology.data_rank == 0:
-        draw_maps(folder / "maps.png", paths[0], dataset, place.owned, place.group, shown=first)
-    if first:
+    if first:  # before the maps, which cannot be drawn where the truth ends before the forecast
         scores.write(folder / "scores.csv")
         draw_skill(folder / "skill.png", scores)
+    if topology.data_rank == 0:
+        draw_maps(folder / "maps.png", paths[0], dataset, place.owned, place.group, shown=first)
     files = [str(folder / name) for name in ("scores.csv", "skill.png", "maps.png")]
     return {"scores": list(scores.rows()), "climatology": scores.climatology, "files": files}, str(scores)
 

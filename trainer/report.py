@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.curves import TRAINING, read
 from trainer.metrics import Scores
+from trainer.result import defined
 
 if TYPE_CHECKING:
     from trainer.cli import TrainerCLI
@@ -16,7 +17,7 @@ def show(cli: TrainerCLI, seconds: float) -> None:
     """To stdout."""
     result = _training(cli, seconds) if cli.subcommand == "fit" else _validation(cli)
     if cli.option("json"):
-        print(json.dumps(result))
+        print(json.dumps(defined(result), allow_nan=False))
     elif cli.subcommand == "fit":
         ratio = (
             ""
