@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -31,6 +32,7 @@ REMEDIES = {  # by command
 }
 # Rank 0 waits less than the others: it knows most about who is missing, and keeps the store.
 SECONDS_FOR_THE_FIRST = {"rank 0": 2.0, "others": 4.0}
+STDERR = threading.Lock()
 
 
 def rank() -> int | None:
@@ -71,8 +73,9 @@ def tell(message: str, debug: bool = False) -> None:
     if debug:
         traceback.print_exc()
     sys.stdout.flush()
-    # One write: lines of several ranks do not mix.
-    os.write(2, f"Error: {message}\n".encode())
+    with _stderr():
+        # One write: lines of several ranks do not mix.
+        os.write(2, f"Error: {message}\n".encode())
 
 
 def stop(
@@ -139,14 +142,26 @@ def _store() -> Any:
 @contextmanager
 def _torch_silent() -> Iterator[None]:
     """Without what torch's C++ writes to stderr, pages of it, where the store is gone."""
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
+    with _stderr():
+        kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+            os.close(nowhere)
+
+
+@contextmanager
+def _stderr() -> Iterator[None]:
+    """For one thread at a time: a message must not be told while another has it silent."""
+    held = STDERR.acquire(timeout=SECONDS_FOR_THE_FIRST["rank 0"])  # a store that hangs keeps no message back
     try:
         yield
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
+        if held:
+            STDERR.release()
 
 
 def _speaks_for_its_node() -> bool:

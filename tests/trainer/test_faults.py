@@ -4,6 +4,7 @@ import os
 import resource
 import shutil
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import pytest
 import zarr
 from forecasting import START
 from runs import Run, checkpoint, fit, gone, tiny, waves
+
+from trainer import failure
 
 SECONDS = 15.0  # for all ranks to end; what hangs takes ten minutes
 ENDLESS = "--trainer.max_epochs=100000"
@@ -115,6 +118,24 @@ def test_a_validation_that_loses_a_rank_is_to_be_run_again(tmp_path):
     assert run.wait()[0] == 1
     (message,) = messages(run)
     assert f"{LOST}, often for lack of memory, or hangs. Run the same command again. (" in message
+
+
+def test_a_message_is_told_while_another_thread_keeps_torch_silent(capfd):
+    """The thread that watches the ranks tells of a killed one just when the other asks the ranks' store."""
+
+    def ask():
+        with failure._torch_silent():
+            time.sleep(0.2)
+
+    threads = [threading.Thread(target=ask) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.1)
+    failure.tell("rank 1 was killed")
+    for thread in threads:
+        thread.join()
+    failure.tell("all stop")
+    assert capfd.readouterr().err == "Error: rank 1 was killed\nError: all stop\n"
 
 
 def test_an_interrupt_ends_all_ranks_and_leaves_a_checkpoint(tmp_path):
