@@ -65,6 +65,8 @@ def serve() -> None:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code or 0)
+        with contextlib.suppress(OSError):
+            os.setpgid(pid, pid)  # here too: who is told of it may kill the group before the child has made it
         print(pid, flush=True)
 
 
