@@ -6,11 +6,13 @@ which dask gives to another.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from shardio.rechunk import Buffers, Request
 
 RETRIES = 2
+AHEAD = 3  # tasks submitted for one that a worker runs
 SECONDS_TO_CONNECT = 20
 
 
@@ -37,19 +40,20 @@ def execute(
 
     with ExitStack() as stack:
         client = _client(request, plan, stack)
-        window = 3 * max(1, len(client.scheduler_info(n_workers=-1)["workers"])) * plan.in_flight
+        if not client.nthreads():
+            print(f"no worker has joined {request.scheduler} yet: waiting for the first", file=sys.stderr, flush=True)
         queue = iter(todo)
         running: Any = as_completed()  # type: ignore[no-untyped-call]
         # Without its tasks: the plan goes along with each of them.
         arguments = (request, layout, replace(plan, tasks=()), str(folder.absolute()))
 
         def submit() -> None:
-            task = next(queue, None)
-            if task is not None:
+            """As many as keep the workers busy that are there by now: those of a batch system join late."""
+            most = AHEAD * max(1, len(client.nthreads())) * plan.in_flight
+            for task in islice(queue, max(0, most - running.count())):
                 running.add(client.submit(run_task, task, *arguments, pure=False, retries=RETRIES))
 
-        for _ in range(window):
-            submit()
+        submit()
         for future in running:
             try:
                 yield future.result()

@@ -5,6 +5,7 @@ import os
 import signal
 import time
 
+import distributed
 import pytest
 
 from shardio.errors import PlanError
@@ -84,6 +85,29 @@ def test_error_in_a_worker_is_one_clear_message(build, cluster, cli, tmp_path):
     assert "3.0.0.0" in done.stderr
     assert "is missing" in done.stderr
     assert not (tmp_path / "b.zarr").exists()
+
+
+def test_workers_that_join_late_are_waited_for_and_all_get_work(source, alone, begin, tree, tmp_path):
+    """As those of a batch system do: how many there are is not known when the run begins."""
+    options = {"n_workers": 0, "threads_per_worker": 1, "processes": False, "protocol": "tcp"}
+    with distributed.LocalCluster(**options, dashboard_address="127.0.0.1:0") as late:
+        address, tasks = late.scheduler_address, late.scheduler.tasks
+        words = ("rechunk", source, tmp_path / "b.zarr", "-n", 13, "--zarr-format", 2, "--max-memory", "900kB")
+        with begin(*words, "--scheduler", address) as running:
+            begun, before = len(tasks), -1
+            while not begun or begun != before:
+                time.sleep(0.2)
+                begun, before = len(tasks), begun
+            late.scale(6)
+            most = 0
+            while running.poll() is None:
+                most = max(most, len(tasks))
+                time.sleep(0.001)
+            _, said = running.communicate()
+    assert running.returncode == 0, said
+    assert f"no worker has joined {address} yet: waiting for the first\n" in said
+    assert most > 2 * begun
+    assert tree(tmp_path / "b.zarr") == alone[2]
 
 
 def test_no_scheduler_is_a_clear_error(source, rechunk, tmp_path):
