@@ -66,20 +66,23 @@ class Scores:
                     for r, reference in enumerate(REFERENCES):
                         at = (m, r, lead, v)
                         if np.isfinite(self.rmse[at]):
-                            about = {"variable": variable, "lead_hours": hours, "method": method, "against": reference}
+                            about = {"variable": variable, "units": self.units[v], "lead_hours": hours}
+                            about |= {"method": method, "against": reference}
                             yield about | {name: float(getattr(self, name)[at]) for name in ("rmse", "bias", "acc")}
 
     def __str__(self) -> str:
-        """The last lead time, of each variable."""
+        """The last lead time that has scores, of each variable."""
         first, last, count = self.climatology
         many = f"{len(self.dates)} forecast{'' if len(self.dates) == 1 else 's'}"
-        lines = [f"{many}, {self.hours[-1]:g} h; climatology of {count} dates, {first} to {last}"]
+        scored = np.flatnonzero(np.isfinite(self.rmse).any(axis=(0, 1, 3)))
+        lead = int(scored[-1]) if scored.size else -1
+        lines = [f"{many}, {self.hours[lead]:g} h; climatology of {count} dates, {first} to {last}"]
         names = [f"{name} ({unit})" if unit else name for name, unit in zip(self.variables, self.units, strict=True)]
         wide = max(12, *(len(name) for name in names))
         lines.append(f"{'':{wide}}{'rmse':>12}{'persistence':>14}{'ratio':>8}{'bias':>13}{'acc':>8}")
         for v in range(len(self.variables)):
-            known = np.isfinite(self.rmse[0, 0, -1, v])
-            ours, theirs = ((m, 0 if known else 1, -1, v) for m in (0, 1))
+            known = np.isfinite(self.rmse[0, 0, lead, v])
+            ours, theirs = ((m, 0 if known else 1, lead, v) for m in (0, 1))
             rmse, persistence = self.rmse[ours], self.rmse[theirs]
             ratio = rmse / persistence if persistence else np.nan
             lines.append(
@@ -90,7 +93,7 @@ class Scores:
     def write(self, path: str | os.PathLike[str]) -> None:
         """As CSV; an acc that is not defined, as of constant fields, is empty."""
         with open(path, "w", newline="", encoding="utf-8") as file:
-            columns = ("variable", "lead_hours", "method", "against", "rmse", "bias", "acc")
+            columns = ("variable", "units", "lead_hours", "method", "against", "rmse", "bias", "acc")
             table = csv.DictWriter(file, columns, lineterminator="\n")
             table.writeheader()
             for row in self.rows():
@@ -109,7 +112,7 @@ def evaluate(
 
     Args:
       forecasts: paths, all with the same variables and lead times, the same on all ranks.
-      truth: dataset with the initial dates; lead times beyond its end are compared with the exact solution only.
+      truth: dataset with the initial dates; lead times that it lacks are compared with the exact solution only.
       cells: of this rank; the ranks together have all cells, for each forecast. Default: all.
       group: of all ranks; None for one.
       period: first and last date of the climatology, None for open; default: before the first initial date, or all.
@@ -120,6 +123,12 @@ def evaluate(
     _check_alike(opened, truth)
     cells = cells or slice(0, truth.shape[3])
     reader = Reader(truth, first.variables, cells)
+    if not any(reader.knows(date) for one in opened for date in one.dates):
+        last = max(one.dates[-1] for one in opened)
+        raise SelectionError(
+            f"there is no truth to compare with: {truth.parts[0].source.path} ends {truth.dates[-1]}, and has none of "
+            f"the lead times until {last}. Give a dataset that has, or forecast from an earlier date."
+        )
     usual, about = reader.climatology(_period(truth, period, min(starts)))
     areas = cell_areas(truth.latitudes, truth.longitudes)[cells]
     sums = np.zeros((len(SUMS), len(METHODS), len(REFERENCES), len(first), len(first.variables)))
@@ -190,10 +199,18 @@ class Reader:
 
     def truth(self, date: np.datetime64, members: int) -> NDArray[np.float32] | None:
         """[variables, ensemble, cells/M]; None where the dataset does not have the date."""
-        at = int(np.searchsorted(self._truth.dates, date))
-        if at == len(self._truth) or self._truth.dates[at] != date or self._truth.is_missing[at]:
+        if not self._has(date):
             return None
+        at = int(np.searchsorted(self._truth.dates, date))
         return self._truth[at, self._places, slice(0, members), self._cells]
+
+    def _has(self, date: np.datetime64) -> bool:
+        at = int(np.searchsorted(self._truth.dates, date))
+        return at < len(self._truth) and self._truth.dates[at] == date and not self._truth.is_missing[at]
+
+    def knows(self, date: np.datetime64) -> bool:
+        """Whether the dataset has the date, or an exact solution is known."""
+        return self._waves is not None or self._has(date)
 
     def exact(self, date: np.datetime64) -> Float64 | None:
         """[variables, 1, cells/M]; None where no exact solution is known."""

@@ -109,7 +109,7 @@ def draw_maps(
     cells: slice | None = None,
     group: dist.ProcessGroup | None = None,
     variables: Sequence[str] | None = None,
-    lead: int = -1,
+    lead: int | None = None,
     shown: bool = True,
 ) -> None:
     """Forecast, truth and difference of some variables at one lead time, of the first member.
@@ -117,21 +117,23 @@ def draw_maps(
     Args:
       path: of the PNG.
       forecast: path of a forecast.
-      truth: dataset; where it does not reach the lead time, the exact solution if one is known.
+      truth: dataset; where it lacks the lead time, the exact solution if one is known.
       cells: of this rank; the ranks of the group together have all.
       group: of the ranks that read this forecast; None for one.
       variables: default: the first four that are forecast.
-      lead: which lead time; default: the last.
+      lead: which lead time; default: the last whose truth is known.
       shown: whether this rank writes the picture.
     """
     dataset, cells = open_dataset(forecast), cells or slice(0, truth.shape[3])
     names = list(variables or dataset.variables[:MOST_MAPS])
-    date, reader = dataset.dates[lead], Reader(truth, names, cells)
+    reader = Reader(truth, names, cells)
+    known = [at for at in (range(len(dataset)) if lead is None else [lead]) if reader.knows(dataset.dates[at])]
+    if not known:
+        raise SelectionError(f"no truth is known for {dataset.dates[lead or 0]}. Draw an earlier lead time.")
+    at = known[-1]
+    date = dataset.dates[at]
     reference = reader.truth(date, 1)
     reference = reader.exact(date) if reference is None else reference
-    if reference is None:
-        raise SelectionError(f"no truth is known for {date}. Draw an earlier lead time.")
-    at = len(dataset) - 1 if lead < 0 else lead
     given = dataset[at, [dataset.variables.index(name) for name in names], 0, cells].astype(np.float64)
     both = np.concatenate([given, reference[:, 0]])  # [forecasts, then truths; cells/M]
     bins = Bins.over(truth.latitudes, truth.longitudes)

@@ -281,7 +281,7 @@ def _evaluate(
     period = (data.get("train_start"), data.get("train_end")) if data.get("train_end") else None
     mine = slice(topology.data_rank, None, topology.data_size)
     scores = evaluate(paths, dataset, place.owned, whole, period, mine)
-    if first:  # before the maps, which cannot be drawn where the truth ends before the forecast
+    if first:
         scores.write(folder / "scores.csv")
         draw_skill(folder / "skill.png", scores)
     if topology.data_rank == 0:

@@ -25,7 +25,7 @@ from trainer.grid import cell_areas
 from trainer.pictures import Bins, coarsen, draw_maps, draw_skill
 
 LEADS = 4
-STARTS = ("2021-03-02T00:00:00", "2021-03-03T06:00:00", "2021-03-10T18:00:00")  # two leads of the last: after the end
+STARTS = ("2021-03-02T00:00:00", "2021-03-03T06:00:00", "2021-03-11T12:00:00")  # two leads of the last: after the end
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +130,24 @@ def test_a_forecast_that_loses_a_value_has_no_score(forecasts: list[str], path: 
     assert np.array_equal(after[1:], before[1:])
 
 
+def test_a_forecast_beyond_the_truth_is_scored_as_far_as_that_reaches(
+    forecasts: list[str], path: str, tmp_path: Path
+) -> None:
+    """Of the last forecast two lead times of four lie after the end."""
+    truth = open_dataset(path)
+    scores = evaluate(forecasts[2:], truth)
+    assert str(scores).startswith("1 forecast, 12 h;")
+    assert "nan" not in str(scores).split("climatology")[1]
+    for lead in (None, 0, 1):
+        draw_maps(tmp_path / f"{lead}.png", forecasts[2], truth, lead=lead)
+    drawn = {lead: (tmp_path / f"{lead}.png").read_bytes() for lead in (None, 0, 1)}
+    assert drawn[None] == drawn[1] != drawn[0]
+    with pytest.raises(SelectionError, match=r"no truth is known for 2021-03-12T12:00:00\. Draw an earlier"):
+        draw_maps(tmp_path / "maps.png", forecasts[2], truth, lead=3)
+    with pytest.raises(SelectionError, match=r"no truth to compare with: .* ends 2021-03-02T00:00:00, and has none"):
+        evaluate(forecasts[:1], open_dataset(path, end="2021-03-02T00"))
+
+
 def evaluate_on(
     rank: int, _: Any, topology: tuple[int, int], forecasts: list[str], path: str
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -182,6 +200,7 @@ def test_a_perfect_forecast_has_no_error_and_correlates_with_the_exact_solution(
     assert (scores.acc[forecast, exact, :, 0] > 1 - 1e-9).all()
     assert (np.diff(scores.rmse[persistence, exact, :, 0]) > 0.0).all()
     assert np.isnan(scores.acc[forecast, known, 0, 1]), "anomalies of a constant are zero"
+    assert {row["variable"]: row["units"] for row in scores.rows()} == {"u": "m s-1", "lsm": "1"}
     draw_maps(tmp_path / "maps.png", tmp_path / "f.zarr", truth)
     draw_skill(tmp_path / "skill.png", scores)
     assert (tmp_path / "maps.png").stat().st_size > 10_000
