@@ -8,7 +8,8 @@ import signal
 import sys
 import time
 import warnings
-from contextlib import redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -205,23 +206,25 @@ class TrainerCLI(LightningCLI):
         options = self._prepare_subcommand_kwargs(self.subcommand)
         options["ckpt_path"] = self._checkpoint_path()
         check(self.trainer, self.model, self.datamodule)
-        if self.subcommand == "fit":
-            self._take_folder(options["ckpt_path"])
         if self.subcommand == "validate":
             options["verbose"] = False  # we print the scores ourselves
         began = time.monotonic()
-        with redirect_stdout(sys.stderr):
+        with self._held_folder(options["ckpt_path"]), redirect_stdout(sys.stderr):
             getattr(self.trainer, self.subcommand)(**options)
         if self.trainer.is_global_zero:
             show(self, time.monotonic() - began)
 
-    def _take_folder(self, resumed: str | None) -> None:
+    @contextmanager
+    def _held_folder(self, resumed: str | None) -> Iterator[None]:
         """Every rank refuses to replace a run, so that none waits for the others; the first one holds the folder."""
-        if self.trainer.is_global_zero:
-            claim(self.folder)
-        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
-        if not refuse_existing(self.folder, resumed, self._overwrite):
-            callbacks.insert(0, Replace(self.folder))  # before those that write checkpoints
+        if self.subcommand == "validate":
+            yield
+            return
+        with claim(self.folder) if self.trainer.is_global_zero else nullcontext():
+            callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
+            if not refuse_existing(self.folder, resumed, self._overwrite):
+                callbacks.insert(0, Replace(self.folder))  # before those that write checkpoints
+            yield
 
     def _checkpoint_path(self) -> str | None:
         """`last` and `best` are those of the run; to go on with `last` where none is yet means to begin."""

@@ -102,7 +102,7 @@ def _watch_parent() -> None:
 
 def started_by_others() -> dict[str, int]:
     """Processes per node and nodes, as torchrun or SLURM say; empty where neither started this process."""
-    if "LOCAL_WORLD_SIZE" in os.environ and "TRAINER_PARENT" not in os.environ:
+    if {"LOCAL_WORLD_SIZE", "WORLD_SIZE"} <= os.environ.keys() and "TRAINER_PARENT" not in os.environ:
         here, everywhere = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
     elif SLURMEnvironment.detect() and "SLURM_NTASKS" in os.environ:
         everywhere = int(os.environ["SLURM_NTASKS"])

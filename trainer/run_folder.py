@@ -6,7 +6,8 @@ import fcntl
 import os
 import shutil
 import socket
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,11 @@ def refuse_existing(folder: Path, resumed: str | None, overwrite: bool) -> bool:
             f"{folder} holds a run, {described(folder)}. Use --ckpt_path last to go on with it, another --output to "
             "keep it, or --overwrite to replace it."
         )
+    if own and resumed is not None and (last := _last_step(folder) or 0) > step_of(resumed):
+        raise OutputError(
+            f"to go on from {resumed}, step {step_of(resumed)}, would replace last.ckpt of the same run, step {last}. "
+            "Give another --output with the path of this checkpoint, or move last.ckpt away."
+        )
     return own
 
 
@@ -45,16 +51,22 @@ def described(folder: Path) -> str:
     last = folder / CHECKPOINTS / "last.ckpt"
     if not last.exists():
         return "no last.ckpt"
+    step = _last_step(folder)
+    return f"{last} cannot be read" if step is None else f"last checkpoint: step {step}"
+
+
+def _last_step(folder: Path) -> int | None:
+    """Of its last.ckpt; None where there is none that can be read."""
     try:
-        return f"last checkpoint: step {step_of(last)}"
+        return step_of(folder / CHECKPOINTS / "last.ckpt")
     except DatasetError:
-        return f"{last} cannot be read"
+        return None
 
 
-def claim(folder: Path) -> int:
-    """Make the folder, and lock it until this process ends, however it ends.
+@contextmanager
+def claim(folder: Path) -> Iterator[None]:
+    """Make the folder, and lock it for the time of the `with`, at most until this process ends, however it ends.
 
-    Returns: the descriptor that holds the lock.
     Raises: OutputError if another process holds it, or the folder cannot be written.
     """
     try:
@@ -76,7 +88,10 @@ def claim(folder: Path) -> int:
     with suppress(OSError):  # a full disk is told by the first checkpoint
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
-    return descriptor
+    try:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 class Replace(Callback):

@@ -134,7 +134,12 @@ def test_an_epoch_that_fills_no_more_batch_on_other_ranks_is_over(tmp_path):
 def test_training_that_max_steps_ended_goes_on_as_if_it_had_not(tmp_path, name):
     common = tiny(*VALIDATION, "--model.optimizer.final_fraction=1", "--data.batch_size=4", "--save_every=100")
     reference = fit(tmp_path, *common, "--output=whole")
-    fit(tmp_path, *common, "--trainer.max_steps=9")
+    short = fit(tmp_path, *common, "--trainer.max_steps=9")
+    if name == "best":  # which is older
+        refused = Run(tmp_path, "fit", *common, "--ckpt_path=best")
+        assert refused.wait() == [1]
+        assert "best.ckpt, step 6, would replace last.ckpt of the same run, step 9. Give another" in refused.errors
+        (short.output / "checkpoints" / "last.ckpt").unlink()
     resumed = fit(tmp_path, *common, f"--ckpt_path={name}")
     assert differences(state(resumed.output), state(tmp_path / "whole")) == []
     assert trace(resumed.output) == trace(reference.folder / "whole")

@@ -110,3 +110,13 @@ def test_a_run_whose_checkpoint_is_damaged_is_described_all_the_same(tmp_path):
     assert described(tmp_path).endswith("last.ckpt cannot be read")
     torch.save([torch.zeros(1)], tmp_path / "checkpoints" / "last.ckpt")
     assert described(tmp_path).endswith("last.ckpt cannot be read")
+
+
+def test_one_process_trains_twice_in_the_same_folder(tmp_path):
+    """As in a notebook, on one rank: nothing of the first training stands in the way of the second."""
+    more = ["--ckpt_path=last", "--trainer.max_steps=5"]
+    code = f"from trainer.cli import main; main({['fit', *SHORT]}); main({['fit', *SHORT, *more]})"
+    run = Run(tmp_path, "-c", code)
+    assert run.wait() == [0], run.errors
+    assert [line.split(" in ")[0] for line in run.printed.splitlines()] == ["trained to step 3", "trained to step 5"]
+    assert list(trace(run.output)) == [1, 2, 3, 4, 5]
