@@ -1,6 +1,7 @@
 """The same data, seed and model give the same numbers, however the ranks are arranged: four real processes tell."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from itertools import combinations
 from typing import Any
@@ -66,6 +67,37 @@ def test_training_on_many_ranks_is_training_on_one(
             assert np.abs(expected_change).max() > 0.003 * np.abs(start).max(), f"{name} hardly moved: nothing is shown"
             if case.precision == "float64":
                 assert_close(change, expected_change, tolerance, f"change of {name}")
+
+
+MIXED = [
+    Case((2, 1, 1), "octahedral", precision="bf16-mixed"),
+    Case((3, 1, 3), "irregular", "mae", shard_strategy="heads", precision="bf16-mixed"),
+    Case((4, 1, 2), "regular", num_chunks=4, checkpointing=True, rollout=3, precision="bf16-mixed", channels=8),
+    Case((2, 2, 1), "limited-area", "huber", False, ensemble=2, precision="bf16-mixed"),
+]
+
+
+@pytest.mark.parametrize("case", MIXED, ids=str)
+def test_in_mixed_precision_ranks_change_less_than_the_precision_does(
+    run: Callable[..., list[Any]], dataset_of: Callable[[str, int], str], alone: Callable[[Case], Arrays], case: Case
+) -> None:
+    """Every rank rounds its part of a gradient to bfloat16: they differ by that, and the first loss not at all."""
+    model, data, _ = case.ranks
+    path = dataset_of(case.grid, case.ensemble)
+    results = run(train, [{"case": case, "path": path}] * (model * data))
+    expected, exact = alone(case), alone(replace(case, precision="float32"))
+    assert_close(results[0]["losses"][0], expected["losses"][0], 1e-5, "the first loss")
+    for part in ("gradients", "weights"):
+        found, mixed, single = (_joined(one[part], exact[part]) for one in (results[0], expected, exact))
+        rounding = np.linalg.norm(mixed - single)
+        assert rounding > 1e-4 * np.linalg.norm(single), "autocast had no effect"
+        assert np.linalg.norm(found - mixed) < 2.0 * rounding, part
+        for other in results:
+            assert np.array_equal(_joined(other[part], exact[part]), found), f"ranks drifted apart in {part}"
+
+
+def _joined(arrays: Arrays, names: Arrays) -> Any:
+    return np.concatenate([arrays[name].ravel() for name in names])
 
 
 def test_cases_bring_each_value_of_each_knob_together_with_each_of_every_other() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from itertools import combinations
 from random import Random
@@ -89,6 +90,15 @@ class Case:
         return OptimizerOptions("sgd", learning_rate=0.1 if self.loss == "mse" else 0.5, momentum=0.9)
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of weights and fields."""
+        return torch.float32 if self.precision == "bf16-mixed" else getattr(torch, self.precision)
+
+    def autocast(self) -> Any:
+        """In which the model is called."""
+        return torch.autocast("cpu", torch.bfloat16) if self.precision == "bf16-mixed" else nullcontext()
+
+    @property
     def on_one_rank(self) -> Case:
         """The same samples, on one rank, without anything that saves memory."""
         plain = {"keep_batch_sharded": True, "shard_strategy": "edges", "num_chunks": 1, "checkpointing": False}
@@ -115,9 +125,8 @@ def _product(a: str, b: str) -> list[tuple[Any, ...]]:
 
 def train(rank: int, _: Any, case: Case, path: str) -> dict[str, Any]:
     """Outputs and gradients of the first step, the losses of all, and the weights after the last."""
-    dtype = getattr(torch, case.precision)
     before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
+    torch.set_default_dtype(case.dtype)
     try:
         return _train(rank, case, path)
     finally:
@@ -168,9 +177,10 @@ class Setup:
 
     def step(self, fields: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
         """Loss, its sums and the outputs of each lead time; gradients are reduced."""
-        rolled = list(self.forecaster.rollout(self.forecaster.normalise(fields), self.case.rollout))
-        losses = [self.loss(*pair) for pair in rolled]
-        loss = torch.stack([one.value for one in losses]).mean()
+        with self.case.autocast():
+            rolled = list(self.forecaster.rollout(self.forecaster.normalise(fields), self.case.rollout))
+            losses = [self.loss(*pair) for pair in rolled]
+            loss = torch.stack([one.value for one in losses]).mean()
         loss.backward()
         self.reduce()
         return loss.detach(), [one.sums for one in losses], [output.detach() for output, _ in rolled]
