@@ -151,8 +151,8 @@ def check_blosc_header(stored: memoryview, nbytes: int) -> None:
         )
 
 
-def crc32c(stored: Any) -> int:
-    """CRC-32C (RFC 3720) of a bytes-like object."""
+def crc32c(stored: Any, before: int = 0) -> int:
+    """CRC-32C (RFC 3720) of a bytes-like object, or of what has the CRC-32C `before` with it at its end."""
     import google_crc32c
 
-    return int(google_crc32c.value(np.frombuffer(stored, np.uint8)))
+    return int(google_crc32c.extend(before, np.frombuffer(stored, np.uint8)))

@@ -15,16 +15,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardio import statistics
-from shardio.codec import crc32c
+from shardio.codec import Codec, crc32c
 from shardio.dates import frequency
 from shardio.job import WrittenDate
 from shardio.layout import DIMENSIONS, ArrayLayout
-from shardio.source import Extra, Source
+from shardio.source import AnemoiSource, Extra, Source
 from shardio.writer import atomic_file
 
 Json = dict[str, Any]
 FORMAT_VERSION = 1
 CHECKSUMS = "shardio_crc32c"
+COORDINATES = Codec("blosc", "lz4", 5, 1)  # which is zarr's own choice in format 2
 
 
 def begin_data(folder: Path, layout: ArrayLayout, attributes: Json) -> None:
@@ -44,18 +45,13 @@ def begin_data(folder: Path, layout: ArrayLayout, attributes: Json) -> None:
 
 def write_coordinates(folder: Path, source: Source, layout: ArrayLayout) -> dict[str, int]:
     """Write the arrays that do not depend on the chunks; returns the checksum of each. May run beside the chunks."""
-    arrays = [
-        Extra("dates", source.dates, {}, ("time",)),
-        Extra("latitudes", source.latitudes, {}, ("cell",)),
-        Extra("longitudes", source.longitudes, {}, ("cell",)),
-        *source.extras,
-    ]
     with _group(folder, layout) as group:
         for name, about_group in getattr(source, "groups", {}).items():
             group.require_group(name).attrs.put(about_group)
-        for extra in arrays:
-            _write_array(group, extra, layout.zarr_format)
-    return {extra.name: checksum(extra.values) for extra in arrays}
+        written = {"dates": _write_array(group, Extra("dates", source.dates, {}, ("time",)), layout.zarr_format)}
+        for name in ("latitudes", "longitudes"):
+            written[name] = _write_coordinate(group, folder, source, name, layout)
+        return written | {extra.name: _write_array(group, extra, layout.zarr_format) for extra in source.extras}
 
 
 def finish_dataset(
@@ -142,29 +138,46 @@ def _has_nan(total: NDArray[np.float64], layout: ArrayLayout) -> bool:
     return bool((total[0] < layout.shape[0] * layout.shape[2] * layout.shape[3]).any())
 
 
-def _write_array(group: Any, extra: Extra, zarr_format: int) -> None:
+def _write_coordinate(group: Any, folder: Path, source: Source, name: str, layout: ArrayLayout) -> int:
+    """Write one; returns its checksum. What the source stores as it is stored here is copied as it is."""
+    stored = source.stored_coordinates(name, COORDINATES) if isinstance(source, AnemoiSource) else None
+    if stored is None:
+        return _write_array(group, Extra(name, getattr(source, name), {}, ("cell",)), layout.zarr_format)
+    array = _create_array(group, Extra(name, np.empty(0), {}, ("cell",)), (layout.shape[3],), layout.zarr_format)
+    chunk = folder / name / array.metadata.encode_chunk_key((0,))
+    chunk.parent.mkdir(exist_ok=True)
+    chunk.write_bytes(stored[0])
+    return stored[1]
+
+
+def _write_array(group: Any, extra: Extra, zarr_format: int) -> int:
+    """Write one; returns its checksum."""
+    _create_array(group, extra, extra.values.shape, zarr_format)[...] = extra.values
+    return checksum(extra.values)
+
+
+def _create_array(group: Any, extra: Extra, shape: tuple[int, ...], zarr_format: int) -> Any:
+    """An array like `extra`, of any shape, without values yet."""
     from zarr.codecs import BloscCodec
 
     # One chunk: a reader wants these arrays whole. Overwritten, because a killed run may have begun them.
     named: Json = {"dimension_names": extra.dimensions} if zarr_format == 3 else {}
     if zarr_format == 3 and extra.values.dtype.kind == "f":
         # zarr's default, zstd, takes longer over the coordinates of a 9 km grid than a date takes
-        named["compressors"] = BloscCodec(cname="lz4", clevel=5, shuffle="shuffle")
+        named["compressors"] = BloscCodec(cname="lz4", clevel=COORDINATES.level, shuffle="shuffle")
     attributes = {key: value for key, value in extra.attributes.items() if key != "_ARRAY_DIMENSIONS"}
     if zarr_format == 2 and extra.dimensions:
         attributes["_ARRAY_DIMENSIONS"] = list(extra.dimensions)
-    values = extra.values
-    array = group.create_array(
+    return group.create_array(
         extra.name,
-        shape=values.shape,
-        dtype=values.dtype,
-        chunks=tuple(max(n, 1) for n in values.shape) or (),
+        shape=shape,
+        dtype=extra.values.dtype,
+        chunks=tuple(max(n, 1) for n in shape) or (),
         overwrite=True,
         attributes=attributes,
         config={"write_empty_chunks": True},
         **named,
     )
-    array[...] = values
 
 
 def checksum(values: NDArray[Any]) -> int:

@@ -15,7 +15,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from shardio.arrays import consolidated_names, small_array
+from shardio.arrays import consolidated_names, small_array, stored_values
+from shardio.codec import Codec
 from shardio.dates import Dates, between, check_increasing
 from shardio.errors import DatasetError, SelectionError
 from shardio.layout import ArrayLayout, parse
@@ -183,6 +184,10 @@ class AnemoiSource:
         values = small_array(self._store, name) if known else self.required(name, self.layout.shape[3])
         assert values is not None
         return values.astype(np.float64, copy=False)
+
+    def stored_coordinates(self, name: str, codec: Codec) -> tuple[bytes, int] | None:
+        """Stored bytes of `latitudes` or `longitudes` and the crc32c of the values; None where not in this codec."""
+        return stored_values(self._store, name, codec)
 
     @cached_property
     def extras(self) -> tuple[Extra, ...]:

@@ -1,18 +1,24 @@
 """Whatever the source looks like, the output holds its bits, and everything else it came with."""
 
+import filecmp
 import json
 import math
 import warnings
 from contextlib import contextmanager
 
+import google_crc32c
 import numcodecs
 import numpy as np
 import pytest
 import xarray
 import zarr.codecs
 
+from shardio.arrays import stored_values
 from shardio.errors import ChunkError, DatasetError, OutputError, PlanError, ShardioError
+from shardio.output import COORDINATES
+from shardio.rechunk import Request, prepare, run
 from shardio.source import Selection
+from shardio.store import LocalStore
 
 SHAPE = (5, 3, 2, 23)
 V2 = {
@@ -261,6 +267,57 @@ def test_a_flipped_bit_in_coordinates_with_a_checksum_is_an_error(build, rechunk
         rechunk(source.path, tmp_path / "c.zarr", 4)
 
 
+LATITUDES = {
+    "as they are written": ("f8", 301, "blosc", True),
+    "in zstd": ("f8", 301, "zstd", False),
+    "in two chunks": ("f8", 151, "blosc", False),
+    "in single precision": ("f4", 301, "blosc", False),
+}
+
+
+@pytest.mark.parametrize("written", [2, 3])
+@pytest.mark.parametrize("read", [2, 3])
+@pytest.mark.parametrize(("dtype", "chunk", "codec", "copied"), LATITUDES.values(), ids=LATITUDES)
+def test_coordinates_are_copied_undecoded_where_that_is_the_same(
+    dtype, chunk, codec, copied, read, written, build, tmp_path
+):
+    source = build(tmp_path / "a.zarr", read, shape=(2, 1, 1, 301), chunks=(1, 1, 1, 301))
+    known = {
+        2: {"blosc": numcodecs.Blosc("lz4", 5, 1), "zstd": numcodecs.Zstd(1)},
+        3: {"blosc": zarr.codecs.BloscCodec(cname="lz4", clevel=5, shuffle="shuffle"), "zstd": zarr.codecs.ZstdCodec()},
+    }
+    values = np.cumsum(np.random.default_rng(0).uniform(0, 1e-3, 301)).round(2).astype(dtype)
+    group = zarr.open_group(source.path, mode="a", zarr_format=read)
+    group.create_array("latitudes", data=values, chunks=(chunk,), compressors=known[read][codec], overwrite=True)
+    prepared = prepare(Request(str(source.path), str(tmp_path / "b.zarr"), 4, written, sync=False))
+    run(prepared)
+    assert ("latitudes" in vars(prepared.source)) == (not copied)
+    group = zarr.open_group(tmp_path / "b.zarr", mode="r")
+    assert np.array_equal(group["latitudes"][...], values.astype("f8"))
+    assert group["latitudes"].chunks == (301,)
+    assert group.attrs["shardio"]["arrays"]["latitudes"] == google_crc32c.value(values.astype("f8").tobytes())
+    file = source.path / "latitudes" / {2: "0", 3: "c/0"}[read]
+    there = tmp_path / "b.zarr" / "latitudes" / {2: "0", 3: "c/0"}[written]
+    assert filecmp.cmp(there, file, shallow=False) == copied
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(ShardioError, match="latitudes"):
+        run(prepare(Request(str(source.path), str(tmp_path / "c.zarr"), 4, written, sync=False)))
+    assert not (tmp_path / "c.zarr").exists()
+
+
+@pytest.mark.parametrize("zarr_format", [2, 3])
+@pytest.mark.parametrize("cells", [131_072, 300_001])
+def test_the_checksum_of_copied_coordinates_is_that_of_all_values(cells, zarr_format, tmp_path):
+    """More of them than are decoded at a time."""
+    values = np.cumsum(np.random.default_rng(0).uniform(0, 1e-3, cells)).round(2)
+    group = zarr.open_group(tmp_path / "a.zarr", mode="w", zarr_format=zarr_format)
+    lz4 = {2: numcodecs.Blosc("lz4", 5, 1), 3: zarr.codecs.BloscCodec(cname="lz4", clevel=5, shuffle="shuffle")}
+    group.create_array("latitudes", data=values, chunks=(cells,), compressors=lz4[zarr_format])
+    found = stored_values(LocalStore(tmp_path / "a.zarr"), "latitudes", COORDINATES)
+    assert found is not None
+    assert found[1] == google_crc32c.value(values.tobytes())
+
+
 @pytest.mark.parametrize("zarr_format", [2, 3])
 @pytest.mark.parametrize("codec", ["blosc", "zstd", "none", "gzip"])
 def test_truncated_source_chunk_is_an_error(zarr_format, codec, build, rechunk, tmp_path):
@@ -399,8 +456,6 @@ def test_overwrite_replaces_and_leaves_nothing_else(build, rechunk, opened, tmp_
 
 
 def test_an_output_that_appears_during_the_run_is_not_replaced(build, tmp_path):
-    from shardio.rechunk import Request, prepare, run
-
     source = build(tmp_path / "a.zarr")
     prepared = prepare(Request(str(source.path), str(tmp_path / "b.zarr"), 4, sync=False))
     (tmp_path / "b.zarr").mkdir()
@@ -420,8 +475,6 @@ def test_an_output_that_appears_during_the_run_is_not_replaced(build, tmp_path):
 
 
 def test_a_source_that_changes_during_the_run_is_refused(build, tmp_path):
-    from shardio.rechunk import Request, prepare, run
-
     source = build(tmp_path / "a.zarr")
 
     def meanwhile(_):
