@@ -16,6 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shardio.blocks import Buffers, write_block
 from shardio.errors import OutputError, PlanError
 from shardio.job import WrittenDate
 from shardio.layout import ArrayLayout
@@ -24,7 +25,7 @@ from shardio.source import Source
 from shardio.writer import ChunkWriter
 
 if TYPE_CHECKING:
-    from shardio.rechunk import Buffers, Request
+    from shardio.rechunk import Request
 
 RETRIES = 2
 AHEAD = 3  # tasks submitted for one that a worker runs
@@ -67,8 +68,6 @@ def execute(
 
 def run_task(task: Task, request: Request, layout: ArrayLayout, plan: Plan, folder: str) -> list[WrittenDate]:
     """One task, in a worker process."""
-    from shardio.rechunk import write_block
-
     source, writer, pool, buffers = _tools(request, layout, plan.threads, plan.in_flight, folder)
     return write_block(source, writer, task, plan.pieces, pool, buffers)
 
@@ -78,8 +77,6 @@ def _tools(
     request: Request, layout: ArrayLayout, threads: int, in_flight: int, folder: str
 ) -> tuple[Source, ChunkWriter, ThreadPoolExecutor, Buffers]:
     """Opened once per worker process and job: metadata, threads and buffers outlive a task."""
-    from shardio.rechunk import Buffers
-
     source = request.open_source()
     writer = ChunkWriter(Path(folder), layout, threads, request.sync, source.statistics is None)
     return source, writer, ThreadPoolExecutor(threads, "chunk"), Buffers(in_flight)

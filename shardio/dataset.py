@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from shardio.anemoi import AnemoiSource
 from shardio.dates import Dates, between, format_step, frequency_seconds, parse_step, spellings
 from shardio.errors import DatasetError, SelectionError
 from shardio.indexing import expand, outer
 from shardio.job import refuse_unfinished
 from shardio.join import Part, join, narrow
 from shardio.order import CELL_ORDER
-from shardio.source import AnemoiSource, Extra, Selection, array_metadata, as_cut
+from shardio.source import Extra, Selection, array_metadata, as_cut
 from shardio.statistics import NAMES
 from shardio.store import REMOTE, open_store
 

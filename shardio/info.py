@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from shardio.anemoi import AnemoiSource
 from shardio.dates import frequency
 from shardio.job import refuse_unfinished
 from shardio.order import border_cells, order_of
 from shardio.partition import partition
 from shardio.progress import size
-from shardio.source import AnemoiSource, Source, open_source, units_of
+from shardio.source import Source, open_source, units_of
 from shardio.statistics import NAMES
 
 if TYPE_CHECKING:

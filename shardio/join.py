@@ -9,9 +9,9 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from shardio.anemoi import AnemoiSource
 from shardio.dates import Dates
 from shardio.errors import DatasetError
-from shardio.source import AnemoiSource
 
 
 @dataclass(frozen=True)

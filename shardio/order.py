@@ -19,10 +19,11 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
+from shardio.anemoi import AnemoiSource
 from shardio.codec import crc32c
 from shardio.errors import DatasetError
 from shardio.reader import Scratch
-from shardio.source import AnemoiSource, Extra, Json, Source
+from shardio.source import Extra, Json, Source
 
 CELL_ORDER = "cell_order"
 ORDERS = ("compact", "native")

@@ -15,11 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardio import statistics
+from shardio.anemoi import AnemoiSource
 from shardio.codec import Codec, crc32c
 from shardio.dates import frequency
 from shardio.job import WrittenDate
 from shardio.layout import DIMENSIONS, ArrayLayout
-from shardio.source import AnemoiSource, Extra, Source
+from shardio.source import Extra, Source
 from shardio.writer import atomic_file
 
 Json = dict[str, Any]

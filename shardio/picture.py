@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from shardio.anemoi import AnemoiSource
 from shardio.dates import parse_start
 from shardio.errors import SelectionError
 from shardio.job import refuse_unfinished
-from shardio.source import AnemoiSource, Selection, open_source, units_of
+from shardio.source import Selection, open_source, units_of
 
 MOST_POINTS = 60_000  # more cannot be told apart in the picture
 PANEL = 100_000.0  # of each of its halves, in square points

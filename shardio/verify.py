@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from shardio.anemoi import AnemoiSource
+from shardio.blocks import Buffers, write_block
 from shardio.codec import crc32c
 from shardio.errors import ChunkError, DatasetError, OutputError
 from shardio.job import refuse_unfinished
@@ -18,8 +20,7 @@ from shardio.order import ordered_like
 from shardio.output import CHECKSUMS, checksum
 from shardio.plan import Task
 from shardio.reader import NativeReader
-from shardio.rechunk import Buffers, write_block
-from shardio.source import AnemoiSource, Selection, Source, open_source
+from shardio.source import Selection, Source, open_source
 from shardio.store import LocalStore, open_store
 from shardio.writer import ChunkWriter
 

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numcodecs import Blosc, blosc
 
+from shardio import blocks as module
 from shardio import plan
-from shardio import rechunk as module
 from shardio.errors import ChunkError
 from shardio.source import Selection
 

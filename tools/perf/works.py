@@ -18,9 +18,10 @@ import torch
 import torch.distributed as dist
 
 from shardio import Dataset, ShardedDataLoader, Topology, open_dataset
+from shardio.blocks import execute_here
 from shardio.output import begin_data
 from shardio.partition import Partition, partition
-from shardio.rechunk import execute_here, prepare, run
+from shardio.rechunk import prepare, run
 from tools.perf.counters import Counters, stored
 from tools.perf.grids import FORCINGS, HOURS, Site
 from trainer import predict
