@@ -182,7 +182,7 @@ def _check_destination(request: Request) -> None:
         raise OutputError(f"the folder {destination.parent} does not exist. Create it first.")
     if not os.access(destination.parent, os.W_OK):
         raise OutputError(f"the folder {destination.parent} is not writable. Choose another destination.")
-    if not request.opener and "://" not in request.source:
+    if request.source and not request.opener and "://" not in request.source:
         for path in glob(request.source) or [request.source]:
             _check_apart(Path(path), destination)
     if os.path.lexists(destination) and not request.overwrite:

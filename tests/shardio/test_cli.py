@@ -50,6 +50,7 @@ def here(pristine, tmp_path, monkeypatch):
 
 BAD = {
     "no such path": (["nope.zarr", "b.zarr", "-n", "4"], "nope.zarr does not exist"),
+    "no name": (["", "b.zarr", "-n", "4"], "the path of the dataset is empty"),
     "no such pattern": (["nope-*.nc", "b.zarr", "-n", "4"], "nope-"),
     "an empty folder": (["empty.zarr", "b.zarr", "-n", "4"], "empty.zarr"),
     "a text file": (["text.zarr", "b.zarr", "-n", "4"], "text.zarr"),
