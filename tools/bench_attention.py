@@ -24,7 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from shardio.partition import partition
 from shardio.synthetic import octahedral
-from trainer.attention import EdgeLists, attend
+from trainer.attention import attend
+from trainer.edge_lists import EdgeLists
 from trainer.graph import Edges, GraphOptions, build_graph
 
 ALLOCATOR = {  # or glibc faults the pages of large tensors in at each use

@@ -18,8 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from trainer import attention_kernel
-from trainer.attention import Bucket, EdgeLists
 from trainer.attention_kernel import Rows
+from trainer.edge_lists import Bucket, EdgeLists
 from trainer.graph_counts import ChunkCounts, PartCounts, RankCounts, Tables
 from trainer.halo import Halo
 from trainer.heads import HeadExchange

@@ -24,6 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from shardio.errors import PlanError
 from trainer import attention, attention_kernel
+from trainer.edge_lists import Bucket
 from trainer.fake_graph import Messages, Peers, fake_graph, pretended
 from trainer.forecaster import Forecaster, Roles
 from trainer.gradients import reduce_gradients
@@ -220,7 +221,7 @@ def _as_on(job: Job) -> Iterator[None]:
 
 
 def _few_blocks(every: Any) -> Any:
-    def blocks(buckets: Any, rows: Tensor) -> Iterator[attention.Bucket]:
+    def blocks(buckets: Any, rows: Tensor) -> Iterator[Bucket]:
         for bucket in buckets:
             yield from islice(every((bucket,), rows), MOST_BLOCKS)
 

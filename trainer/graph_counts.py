@@ -18,7 +18,7 @@ from typing import Protocol
 import numpy as np
 
 from shardio.partition import Partition, balanced
-from trainer.attention import table_widths
+from trainer.edge_lists import table_widths
 from trainer.graph import PARTS, Graph, equal_work
 from trainer.grid import Int64
 
@@ -46,7 +46,8 @@ class ChunkCounts:
 class Ends(Protocol):
     """At which rows the edges of a rank start, and where they end."""
 
-    edges: int
+    @property
+    def edges(self) -> int: ...
 
     def chunk(self, destinations: range) -> ChunkCounts: ...
 
@@ -102,7 +103,7 @@ def _even(edges: int, nodes: int) -> Tables:
 
 
 def tables(degrees: Int64) -> Tables:
-    """As attention.EdgeLists makes them of nodes with so many edges each."""
+    """As EdgeLists makes them of nodes with so many edges each."""
     found = []
     for width, least in table_widths(degrees):
         chosen = degrees[(degrees <= width) & (degrees >= least)]
@@ -217,8 +218,8 @@ class CutGraph:
         """The counts of one."""
         edges = self.graph.processor
         every = ListedEnds(edges.source, edges.destination, self.hidden_bounds[-1], self.hidden_bounds[-1])
-        parts = [self._part(part, rank) for part in PARTS]
-        return RankCounts("graph", rank, self.cells, self.hidden_bounds, *parts, every)
+        encoder, processor, decoder = (self._part(part, rank) for part in PARTS)
+        return RankCounts("graph", rank, self.cells, self.hidden_bounds, encoder, processor, decoder, every)
 
     def _part(self, part: str, rank: int) -> PartCounts:
         edges, (bounds, ends), rows = getattr(self.graph, part), self._sides[part], self._rows[part]
@@ -234,7 +235,8 @@ def local_rows(source: Int64, owned: slice) -> Int64:
     """Rows of these nodes on the rank: its own first, then the others by id."""
     remote = (source < owned.start) | (source >= owned.stop)
     needed = np.unique(source[remote])
-    return np.where(remote, owned.stop - owned.start + np.searchsorted(needed, source), source - owned.start)
+    rows: Int64 = np.where(remote, owned.stop - owned.start + np.searchsorted(needed, source), source - owned.start)
+    return rows
 
 
 def part_counts(ends: ListedEnds, bounds: tuple[int, ...], lent: Int64, borrowed: Int64, owned: slice) -> PartCounts:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from shardio.errors import PlanError
 from shardio.partition import balanced
-from trainer.attention import EdgeLists
+from trainer.edge_lists import EdgeLists
 from trainer.graph import Edges, Graph
 from trainer.halo import Halo, build_halo, exchange
 from trainer.heads import HeadExchange, gather_edges

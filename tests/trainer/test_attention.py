@@ -21,7 +21,8 @@ from torch.utils.checkpoint import checkpoint
 
 from shardio.errors import PlanError
 from trainer import attention, attention_kernel
-from trainer.attention import EdgeLists, attend
+from trainer.attention import attend
+from trainer.edge_lists import PADDING, EdgeLists
 
 both_kernels = pytest.mark.parametrize("kernel", ["torch", "cpp"])
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1.5e-2}
@@ -277,7 +278,7 @@ def test_many_different_degrees_make_few_tables_that_are_nearly_full() -> None:
     for tables in (lists.incoming, lists.outgoing):
         places = sum(table.ends.numel() for table in tables)
         assert len(tables) <= 16
-        assert lists.edges <= places <= lists.edges * attention.PADDING / (attention.PADDING - 1)
+        assert lists.edges <= places <= lists.edges * PADDING / (PADDING - 1)
     regular = Case([0, 1, 2, 1, 2, 0], [0, 0, 1, 1, 2, 2], 3, 3).lists("torch")
     assert [table.empty for table in (*regular.incoming, *regular.outgoing)] == [None, None]
 

@@ -14,7 +14,7 @@ from watch import NARROW, Watch, living_ids, rows_allowed
 
 from shardio.partition import partition
 from shardio.reading import meet
-from trainer.attention import EdgeLists
+from trainer.edge_lists import EdgeLists
 from trainer.graph import build_graph
 
 MODEL = 4
