@@ -1,6 +1,14 @@
 """shardio: weather datasets cut into grid-chunks, and loaded so that no rank ever holds the full grid."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # what __getattr__ gives at run time, for type checkers and editors
+    from shardio.dataset import Dataset, open_dataset
+    from shardio.loader import ShardedBatch, ShardedDataLoader
+    from shardio.partition import Partition
+    from shardio.sampler import ReadGroupSampler
+    from shardio.sharded_writer import Description, ShardedWriter
+    from shardio.topology import Topology
 
 __version__ = "0.1.0"
 

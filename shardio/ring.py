@@ -68,7 +68,7 @@ class Slot:
 
     def settled(self) -> bool:
         """Whether neither a read nor a copy to the device is under way."""
-        copied = self.copied is None or bool(self.copied.query())  # type: ignore[no-untyped-call]
+        copied = self.copied is None or bool(self.copied.query())
         return copied and all(read.done() for read in self.reads)
 
     def intact(self) -> bool:

@@ -1,10 +1,12 @@
 """What users get: the wheel's contents, a light import, and the command's version."""
 
+import ast
 import json
 import subprocess
 import sys
 import sysconfig
 import tomllib
+from importlib import import_module
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -53,3 +55,14 @@ def test_version_is_the_same_everywhere() -> None:
     command = Path(sysconfig.get_path("scripts")) / "shardio"
     assert VERSION in run(command, "--version").split()
     assert run(sys.executable, "-c", "import shardio; print(shardio.__version__)").strip() == VERSION
+
+
+@pytest.mark.parametrize("package", ["shardio", "trainer"])
+def test_type_checkers_find_every_public_name_where_it_is(package: str) -> None:
+    """At run time `__getattr__` fetches them, of which a type checker knows nothing."""
+    tree = ast.parse((ROOT / package / "__init__.py").read_text())
+    (block,) = (node for node in tree.body if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test))
+    typed = {name.name: node.module for node in block.body if isinstance(node, ast.ImportFrom) for name in node.names}
+    module = import_module(package)
+    assert typed == {name: f"{package}.{home}" for name, home in module._HOMES.items()}
+    assert set(typed) == set(module.__all__) - {"__version__"}

@@ -1,6 +1,12 @@
 """trainer: forecast models on sharded fields; what every rank computes never depends on how the grid was cut."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # what __getattr__ gives at run time, for type checkers and editors
+    from trainer.data import ForecastDataModule
+    from trainer.forecast import load
+    from trainer.module import ForecastModule
+    from trainer.strategy import DDPGroupStrategy
 
 __all__ = ["DDPGroupStrategy", "ForecastDataModule", "ForecastModule", "load"]
 

@@ -25,7 +25,7 @@ ZIP = b"PK\x03\x04"  # how every checkpoint begins
 class AtomicCheckpointIO(CheckpointIO):
     """Written under another name, flushed to the disk, then renamed: a crash or a full disk leaves the last one."""
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None):
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         target = Path(path)
         partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
         try:

@@ -176,8 +176,11 @@ class TrainerCLI(LightningCLI):
         if self.option("ema_decay") is not None:
             callbacks.append(EMAWeightAveraging(use_buffers=False, decay=self.option("ema_decay")))
         if self.datamodule.has_validation:
-            best = {"filename": "best", "monitor": SKILL, "save_top_k": 1, "enable_version_counter": False}
-            callbacks.append(ModelCheckpoint(self.checkpoints, **best))
+            callbacks.append(
+                ModelCheckpoint(
+                    self.checkpoints, filename="best", monitor=SKILL, save_top_k=1, enable_version_counter=False
+                )
+            )
         own = any(isinstance(one, ProgressBar) for one in callbacks)
         if self.option("trainer.enable_progress_bar") is not False and not own:
             callbacks.append(Bar())

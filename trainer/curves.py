@@ -43,7 +43,7 @@ class LossCurve(Callback):
         # Lightning hands out losses divided by the batches of a step, whether there were so many or fewer.
         loss = torch.stack(self._losses).mean() * trainer.accumulate_grad_batches
         self._losses.clear()
-        if self._step % trainer.log_every_n_steps:
+        if self._step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
             return
         if trainer.world_size > 1:
             dist.all_reduce(loss)
@@ -81,7 +81,7 @@ def draw(folder: Path) -> Path | None:
         axes = figure.add_subplot(1, len(curves), i)
         axes.plot(list(values), list(values.values()), marker="o" if len(values) < 40 else None, markersize=3)
         axes.set(title=titles[name], xlabel="step", yscale="log")
-        axes.xaxis.get_major_locator().set_params(integer=True)  # there is no step 2.5
+        axes.xaxis.get_major_locator().set_params(integer=True)  # type: ignore[call-arg]  # there is no step 2.5
         axes.grid(alpha=0.3, which="both")
     path = folder / "curves.png"
     figure.savefig(path, dpi=120)

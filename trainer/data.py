@@ -102,8 +102,8 @@ class ForecastDataModule(LightningDataModule):
         super().__init__()
         self.path, self.batch_size, self.input_steps, self.seed = dataset, batch_size, input_steps, seed
         self.keep_batch_sharded = keep_batch_sharded
-        self._read = {"prefetch": prefetch, "threads": threads, "verify": verify}
-        self._chosen = {"frequency": frequency, "select": select, "drop": drop}
+        self._read: dict[str, Any] = {"prefetch": prefetch, "threads": threads, "verify": verify}
+        self._chosen: dict[str, Any] = {"frequency": frequency, "select": select, "drop": drop}
         self._train_dates, self._val_dates = (train_start, train_end), (val_start, val_end)
         self._opened: dict[Dates, Dataset] = {}
         self._loaders: list[ShardedDataLoader] = []
@@ -204,7 +204,7 @@ class ForecastDataModule(LightningDataModule):
     def _open(self, dates: Dates) -> Dataset:
         if dates not in self._opened:
             try:
-                self._opened[dates] = open_dataset(self.path, start=dates[0], end=dates[1], **self._chosen)  # type: ignore[arg-type]
+                self._opened[dates] = open_dataset(self.path, start=dates[0], end=dates[1], **self._chosen)
             except DatasetError as error:
                 path = Path(self.path)
                 there = path.exists() or path.with_name(f"{path.name}.partial").exists()
@@ -232,7 +232,7 @@ class ForecastDataModule(LightningDataModule):
             keep_batch_sharded=self.keep_batch_sharded,
             group=self.strategy.model_group,
             device=self.strategy.root_device,
-            **self._read,  # type: ignore[arg-type]
+            **self._read,
         )
         self._loaders.append(loader)
         return Batches(loader, from_start=not shuffle)

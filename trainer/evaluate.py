@@ -202,7 +202,8 @@ class Reader:
         if not self._has(date):
             return None
         at = int(np.searchsorted(self._truth.dates, date))
-        return self._truth[at, self._places, slice(0, members), self._cells]
+        fields: NDArray[np.float32] = self._truth[at, self._places, slice(0, members), self._cells]
+        return fields
 
     def _has(self, date: np.datetime64) -> bool:
         at = int(np.searchsorted(self._truth.dates, date))
@@ -237,7 +238,8 @@ class Reader:
 
 def _period(truth: Dataset, period: tuple[Any, Any] | None, start: np.datetime64) -> range:
     if period is not None:
-        return between(truth.dates, *(None if date is None else str(date) for date in period), "the truth")
+        first, last = (None if date is None else str(date) for date in period)
+        return between(truth.dates, first, last, "the truth")
     earlier = int(np.searchsorted(truth.dates, start))
     return range(earlier if earlier > 1 else len(truth))
 

@@ -175,7 +175,7 @@ def _from_arrays(arrays: Arrays, cells: Partition, rank: int) -> Graph:
     bounds, *places = (arrays[name] for name in _OWN)
     parts = ([arrays[f"{part}_{name}"] for name in _OF_EDGES] for part in PARTS)
     edges = [Edges(source, destination, features, int(count)) for source, destination, features, count in parts]
-    return Graph(rank, cells, tuple(bounds.tolist()), *places, *edges)
+    return Graph(rank, cells, tuple(bounds.tolist()), *places, *edges)  # type: ignore[arg-type]
 
 
 def _build(latitudes: Float64, longitudes: Float64, cells: Partition, rank: int, options: GraphOptions) -> Graph:

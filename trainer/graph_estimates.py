@@ -132,7 +132,8 @@ def _of_equal_work(bounds: Int64, rank: int, nodes: int) -> Int64:
     """With so many nodes for the rank, about the middle of those nearest to its cells; the others give way."""
     more = nodes - (bounds[rank + 1] - bounds[rank])
     moved = np.where(np.arange(bounds.size) > rank, bounds + more - more // 2, bounds - more // 2)
-    return np.clip(moved, 0, bounds[-1])
+    clipped: Int64 = np.clip(moved, 0, bounds[-1])
+    return clipped
 
 
 def _whole_bounds(near: NDArray[np.int64], rank: int, ranks: int, hidden: int) -> tuple[int, ...]:
@@ -198,7 +199,8 @@ def estimated_counts(cells: Partition, rank: int, options: GraphOptions) -> Rank
         rows = _neighbours(halos[part], rank, cells.ranks)
         parts.append(PartCounts(cells.bounds if part == "encoder" else bounds, rows, rows, to[part], ends))
     every = EvenEnds(_processor_edges(hidden, options), hidden, hidden, 0)
-    return RankCounts("formulas", rank, cells, bounds, *parts, every)
+    encoder, processor, decoder = parts
+    return RankCounts("formulas", rank, cells, bounds, encoder, processor, decoder, every)
 
 
 def _processor_edges(nodes: int, options: GraphOptions) -> int:

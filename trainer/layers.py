@@ -60,8 +60,8 @@ class Block(nn.Module):
         key, value = self.key_value(self.norm_source(source) if normed is None else normed).chunk(2, dim=-1)
         edge = torch.block_diag(*self.edge)  # [channels, heads x features]
         tilt = query @ edge
-        parts = [rows.unflatten(-1, (self.num_heads, -1)) for rows in (query, key, value, tilt)]
-        values, sums = self._attend(*parts, chunk, heads)
+        query, key, value, tilt = [rows.unflatten(-1, (self.num_heads, -1)) for rows in (query, key, value, tilt)]
+        values, sums = self._attend(query, key, value, tilt, chunk, heads)
         attended = values.flatten(-2) + sums.flatten(-2) @ edge.T
         rows = destination + self.project(attended + own)
         updated: Tensor = rows + self.mlp(self.norm_mlp(rows))
@@ -71,7 +71,8 @@ class Block(nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, tilt: Tensor, chunk: Chunk, heads: HeadExchange | None
     ) -> tuple[Tensor, Tensor]:
         if heads is None:
-            return attend(query, key, value, tilt, chunk.features, chunk.lists)
+            whole: tuple[Tensor, Tensor] = attend(query, key, value, tilt, chunk.features, chunk.lists)
+            return whole
         depth = query.shape[-1]
         packed = to_heads(torch.cat([query, key, value, tilt], dim=-1), heads)
         query, key, value, tilt = packed.split([depth, depth, depth, EDGE_FEATURES], dim=-1)

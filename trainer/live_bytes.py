@@ -39,7 +39,7 @@ class LiveBytes(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now: Counter[str] = Counter()
         self.at_peak: Counter[str] = Counter()
         self.peak = self.total = self.made = 0

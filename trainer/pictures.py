@@ -73,7 +73,8 @@ class Bins:
         widest = int(self.columns.max())
         starts = np.cumsum(self.columns) - self.columns
         across = (np.arange(widest) + 0.5) / widest
-        return values[starts[:, None] + (across * self.columns[:, None]).astype(np.int64)]
+        shown: Float64 = values[starts[:, None] + (across * self.columns[:, None]).astype(np.int64)]
+        return shown
 
 
 def coarsen(
@@ -132,8 +133,8 @@ def draw_maps(
         raise SelectionError(f"no truth is known for {dataset.dates[lead or 0]}. Draw an earlier lead time.")
     at = known[-1]
     date = dataset.dates[at]
-    reference = reader.truth(date, 1)
-    reference = reader.exact(date) if reference is None else reference
+    found = reader.truth(date, 1)
+    reference: Any = reader.exact(date) if found is None else found
     given = dataset[at, [dataset.variables.index(name) for name in names], 0, cells].astype(np.float64)
     both = np.concatenate([given, reference[:, 0]])  # [forecasts, then truths; cells/M]
     bins = Bins.over(truth.latitudes, truth.longitudes)

@@ -157,6 +157,7 @@ def _field(options: Namespace) -> tuple[Field, tuple[str, ...], int]:
     names = tuple(dataset.variables) if dataset else _names(options)
     ensemble = dataset.shape[2] if dataset else 1
     if options.grid is None:
+        assert dataset is not None
         chunk_cells = dataset.chunk_cells
         places, name = (dataset.latitudes, dataset.longitudes), str(data.dataset)
         stored = len(dataset.parts[0].source.variables) if hasattr(dataset.parts[0].source, "variables") else len(names)

@@ -21,7 +21,7 @@ from shardio.sharded_writer import begun_chunk_cells
 from trainer.assembly import Place
 from trainer.data import ForecastDataModule
 from trainer.flags import Parser, known, meant, parser_of, underscored, unknown
-from trainer.forecast import assemble, forecast_partition, read_trained
+from trainer.forecast import assemble, forecast_partition
 from trainer.launcher import RankLauncher, started_by_others
 from trainer.module import ForecastModule
 from trainer.netcdf import export, refuse_own_names
@@ -29,6 +29,7 @@ from trainer.predict import Task, Written, initial_dates, path_of, plan, write
 from trainer.result import one_object
 from trainer.run_folder import CHECKPOINTS, RUN
 from trainer.strategy import DDPGroupStrategy
+from trainer.trained import read_trained
 
 DESCRIPTION = """Forecast from one or many dates; every rank writes its own grid-chunks of OUTPUT/<initial date>.zarr.
 
@@ -92,7 +93,7 @@ def main(arguments: list[str]) -> None:
     folder = Path(options.output)
     for date in dates:
         sweep_published(path_of(folder, date))
-    begun = {begun_chunk_cells(path_of(folder, date)) for date in dates} - {None}
+    begun = [size for date in dates if (size := begun_chunk_cells(path_of(folder, date))) is not None]
     cells = forecast_partition(dataset, topology.model_size, None if options.overwrite else max(begun, default=None))
     names = [name.strip() for name in options.variables.split(",")] if options.variables is not None else None
     asked = (options.lead_time, folder, names, options.members, config)
@@ -211,10 +212,10 @@ def _count(devices: Any) -> int:
 
 def _ranks_per_model(options: Any, config: dict[str, Any], dates: int) -> int:
     """As in the training if that leaves no rank without a date; else all ranks together."""
-    world = options.devices * options.num_nodes
+    world: int = options.devices * options.num_nodes
     if options.num_gpus_per_model is not None:
         return int(options.num_gpus_per_model)
-    trained = (config.get("strategy") or {}).get("num_gpus_per_model", world)
+    trained = int((config.get("strategy") or {}).get("num_gpus_per_model", world))
     return trained if world % trained == 0 and world // trained <= dates else world
 
 
@@ -240,8 +241,10 @@ def _launch(options: Any, world: int) -> Any:
 
     class Ranks(DDPStrategy):
         def _configure_launcher(self) -> None:
-            where = self.cluster_environment, self.num_processes, self.num_nodes
-            self._launcher = RankLauncher(*where, command="predict")
+            assert self.cluster_environment is not None
+            self._launcher = RankLauncher(
+                self.cluster_environment, self.num_processes, self.num_nodes, command="predict"
+            )
 
     fabric = Fabric(
         accelerator=options.accelerator,

@@ -60,7 +60,8 @@ def _sampled(
         dist.all_reduce(total, group=group)
         sums = total.cpu().numpy()
     count = np.maximum(sums[0], 1.0)
-    return np.sqrt(np.maximum(sums[2] / count - (sums[1] / count) ** 2, 0.0))
+    scales: NDArray[np.float64] = np.sqrt(np.maximum(sums[2] / count - (sums[1] / count) ** 2, 0.0))
+    return scales
 
 
 def sampled_pairs(dataset: Dataset) -> NDArray[np.int64]:
