@@ -26,7 +26,7 @@ from shardio.writer import atomic_file
 Json = dict[str, Any]
 FORMAT_VERSION = 1
 CHECKSUMS = "shardio_crc32c"
-COORDINATES = Codec("blosc", "lz4", 5, 1)  # which is zarr's own choice in format 2
+COORDINATES = Codec("blosc", "lz4", 5, 1)  # zarr's own choice may be zstd: longer over 9 km than a date takes
 
 
 def begin_data(folder: Path, layout: ArrayLayout, attributes: Json) -> None:
@@ -47,11 +47,11 @@ def begin_data(folder: Path, layout: ArrayLayout, attributes: Json) -> None:
 def write_coordinates(folder: Path, source: Source, layout: ArrayLayout) -> dict[str, int]:
     """Write the arrays that do not depend on the chunks; returns the checksum of each. May run beside the chunks."""
     with _group(folder, layout) as group:
-        for name, about_group in getattr(source, "groups", {}).items():
-            group.require_group(name).attrs.put(about_group)
         written = {"dates": _write_array(group, Extra("dates", source.dates, {}, ("time",)), layout.zarr_format)}
         for name in ("latitudes", "longitudes"):
             written[name] = _write_coordinate(group, folder, source, name, layout)
+        for name, about_group in getattr(source, "groups", {}).items():
+            group.require_group(name).attrs.put(about_group)
         return written | {extra.name: _write_array(group, extra, layout.zarr_format) for extra in source.extras}
 
 
@@ -159,13 +159,11 @@ def _write_array(group: Any, extra: Extra, zarr_format: int) -> int:
 
 def _create_array(group: Any, extra: Extra, shape: tuple[int, ...], zarr_format: int) -> Any:
     """An array like `extra`, of any shape, without values yet."""
-    from zarr.codecs import BloscCodec
-
     # One chunk: a reader wants these arrays whole. Overwritten, because a killed run may have begun them.
     named: Json = {"dimension_names": extra.dimensions} if zarr_format == 3 else {}
-    if zarr_format == 3 and extra.values.dtype.kind == "f":
-        # zarr's default, zstd, takes longer over the coordinates of a 9 km grid than a date takes
-        named["compressors"] = BloscCodec(cname="lz4", clevel=COORDINATES.level, shuffle="shuffle")
+    if extra.values.dtype.kind == "f":
+        itemsize = extra.values.dtype.itemsize
+        named["compressors"] = COORDINATES.v3_metadata(itemsize) if zarr_format == 3 else [COORDINATES.v2_metadata()]
     attributes = {key: value for key, value in extra.attributes.items() if key != "_ARRAY_DIMENSIONS"}
     if zarr_format == 2 and extra.dimensions:
         attributes["_ARRAY_DIMENSIONS"] = list(extra.dimensions)

@@ -136,7 +136,7 @@ def run(prepared: Prepared, report: Callable[[Progress], None] = lambda _: None)
             before = len(written)
             todo = [task for task in prepared.plan.tasks if not _done(task, written)]
             bytes_of_date = layout.grid[3] * layout.chunk_bytes
-            with ThreadPoolExecutor(1, "coordinates") as other:  # one thread busy for as long as a date takes
+            with ThreadPoolExecutor(1, "coordinates") as other:  # one thread, busy for a date's time at most
                 coordinates = other.submit(output.write_coordinates, job.dataset, prepared.source, layout)
                 for dates in _execute(prepared, job.dataset / "data", todo):
                     job.record(dates)
