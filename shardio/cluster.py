@@ -6,10 +6,12 @@ which dask gives to another.
 
 from __future__ import annotations
 
+import logging
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import lru_cache
 from itertools import islice
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 RETRIES = 2
 AHEAD = 3  # tasks submitted for one that a worker runs
 SECONDS_TO_CONNECT = 20
+LOGGER = logging.getLogger("distributed.client")
+SECONDS_BETWEEN_COUNTS = 0.2  # of the workers
 
 
 def execute(
@@ -37,11 +41,16 @@ def execute(
 ) -> Iterator[list[WrittenDate]]:
     """Run tasks on the cluster, a bounded number submitted at a time, and give back what each wrote."""
     from distributed import as_completed
+    from distributed.client import FutureCancelledError
+    from distributed.comm.core import CommClosedError
     from distributed.scheduler import KilledWorker
 
     with ExitStack() as stack:
+        stack.callback(LOGGER.setLevel, LOGGER.level)
+        LOGGER.setLevel(logging.CRITICAL)  # it logs pages where the scheduler is lost, which we tell in a line
         client = _client(request, plan, stack)
-        if not client.nthreads():
+        workers, counted = len(client.nthreads()), time.monotonic()
+        if not workers:
             print(f"no worker has joined {request.scheduler} yet: waiting for the first", file=sys.stderr, flush=True)
         queue = iter(todo)
         running: Any = as_completed()  # type: ignore[no-untyped-call]
@@ -50,7 +59,11 @@ def execute(
 
         def submit() -> None:
             """As many as keep the workers busy that are there by now: those of a batch system join late."""
-            most = AHEAD * max(1, len(client.nthreads())) * plan.in_flight
+            nonlocal workers, counted
+            if time.monotonic() - counted > SECONDS_BETWEEN_COUNTS:
+                with suppress(OSError):  # of a scheduler that is lost, as the next result tells
+                    workers, counted = len(client.nthreads()), time.monotonic()
+            most = AHEAD * max(1, workers) * plan.in_flight
             for task in islice(queue, max(0, most - running.count())):
                 running.add(client.submit(run_task, task, *arguments, pure=False, retries=RETRIES))
 
@@ -62,6 +75,11 @@ def execute(
                 raise OutputError(
                     f"dask lost every worker that tried a task ({error}). Give workers more memory, or lower "
                     "--max-memory, then run the same command again to continue."
+                ) from error
+            except (FutureCancelledError, CommClosedError) as error:
+                raise OutputError(
+                    f"the dask scheduler at {request.scheduler} was lost ({error}). Start one with workers, then run "
+                    "the same command again to continue."
                 ) from error
             submit()
 

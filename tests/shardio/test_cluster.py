@@ -3,7 +3,11 @@
 import json
 import os
 import signal
+import subprocess
+import sysconfig
 import time
+from contextlib import ExitStack
+from pathlib import Path
 
 import distributed
 import pytest
@@ -96,6 +100,7 @@ def test_workers_that_join_late_are_waited_for_and_all_get_work(source, alone, b
         with begin(*words, "--scheduler", address) as running:
             begun, before = len(tasks), -1
             while not begun or begun != before:
+                assert running.poll() is None, running.stderr.read()
                 time.sleep(0.2)
                 begun, before = len(tasks), begun
             late.scale(6)
@@ -108,6 +113,41 @@ def test_workers_that_join_late_are_waited_for_and_all_get_work(source, alone, b
     assert f"no worker has joined {address} yet: waiting for the first\n" in said
     assert most > 2 * begun
     assert tree(tmp_path / "b.zarr") == alone[2]
+
+
+@pytest.fixture
+def killable(tmp_path):
+    """(scheduler's process, its address), with one worker."""
+    file, dask = tmp_path / "scheduler.json", Path(sysconfig.get_path("scripts")) / "dask"
+    words = {"scheduler": ("--port", "0", "--no-dashboard"), "worker": ("--nthreads", "1", "--no-nanny")}
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with ExitStack() as stack:
+        started = []
+        for name, more in words.items():
+            process = stack.enter_context(subprocess.Popen([dask, name, "--scheduler-file", file, *more], **quiet))
+            stack.callback(process.kill)
+            started.append(process)
+            while not file.exists():
+                assert process.poll() is None
+                time.sleep(0.05)
+        yield started[0], json.loads(file.read_text())["address"]
+
+
+def test_a_lost_scheduler_is_told_and_the_run_goes_on_without(source, alone, begin, rechunk, killable, tree, tmp_path):
+    (scheduler, address), destination = killable, tmp_path / "b.zarr"
+    words = ("rechunk", source, destination, "-n", 13, "--zarr-format", 2, "--max-memory", "900kB", "--no-fsync")
+    with begin(*words, "--scheduler", address) as running:
+        while len(list(partial_of(destination).glob("dataset-*/data/*.*"))) < 40:
+            assert running.poll() is None, running.stderr.read()
+            time.sleep(0.001)
+        scheduler.kill()
+        _, said = running.communicate()
+    assert running.returncode == 1
+    assert f"Error: the dask scheduler at {address} was lost" in said
+    assert "run the same command again to continue" in said
+    assert "Traceback" not in said
+    rechunk(source, destination, 13, zarr_format=2, max_memory=900_000)
+    assert tree(destination) == alone[2]
 
 
 def test_no_scheduler_is_a_clear_error(source, rechunk, tmp_path):
