@@ -28,7 +28,7 @@ from trainer.checkpoint import KeepLast, step_of
 from trainer.configs import by_name
 from trainer.curves import SKILL, LossCurve
 from trainer.data import ForecastDataModule
-from trainer.failure import rank, remedy, stop, tell
+from trainer.failure import STDERR, rank, remedy, stop, tell
 from trainer.flags import Brief, Formatter, meant
 from trainer.launcher import started_by_others
 from trainer.module import ForecastModule
@@ -299,10 +299,10 @@ def _interrupted(cli: TrainerCLI | None, command: str) -> str:
 
 def _leave(code: Any, message: str) -> None:
     """At once: Python's own end would wait for threads that wait for other ranks."""
-    if rank() in (0, None):
-        print(message, file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
+    if rank() in (0, None):
+        STDERR.write(f"{message}\n")
     os._exit(code if isinstance(code, int) else 1)
 
 

@@ -32,7 +32,41 @@ REMEDIES = {  # by command
 }
 # Rank 0 waits less than the others: it knows most about who is missing, and keeps the store.
 SECONDS_FOR_THE_FIRST = {"rank 0": 2.0, "others": 4.0}
-STDERR = threading.Lock()
+
+
+class Stderr:
+    """Where messages go, also while a thread keeps away from it what torch's C++ writes, pages of it."""
+
+    def __init__(self) -> None:
+        self._lock, self._silences, self._real = threading.Lock(), 0, 2
+
+    @contextmanager
+    def silent(self) -> Iterator[None]:
+        """Nothing gets there but by `write`; several threads may want it so at once."""
+        with self._lock:
+            if not self._silences:
+                self._real = os.dup(2)
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, 2)
+                os.close(nowhere)
+            self._silences += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._silences -= 1
+                if not self._silences:
+                    os.dup2(self._real, 2)
+                    os.close(self._real)
+                    self._real = 2
+
+    def write(self, text: str) -> None:
+        """In one piece, so that lines of several ranks do not mix."""
+        with self._lock:
+            os.write(self._real, text.encode())
+
+
+STDERR = Stderr()
 
 
 def rank() -> int | None:
@@ -56,7 +90,7 @@ def is_first() -> bool:
         return _speaks_for_its_node()
     me = str(dist.get_rank())
     try:
-        with _torch_silent():
+        with STDERR.silent():
             answer: bytes = _store().compare_set(FIRST, "", me)
     except RuntimeError:
         return True  # rank 0 is gone with the store, perhaps killed: better one message too many
@@ -73,9 +107,7 @@ def tell(message: str, debug: bool = False) -> None:
     if debug:
         traceback.print_exc()
     sys.stdout.flush()
-    with _stderr():
-        # One write: lines of several ranks do not mix.
-        os.write(2, f"Error: {message}\n".encode())
+    STDERR.write(f"Error: {message}\n")
 
 
 def stop(
@@ -126,7 +158,7 @@ def _another_told() -> bool | None:
     end = time.monotonic() + SECONDS_FOR_THE_FIRST["others" if dist.get_rank() else "rank 0"]
     try:
         while time.monotonic() < end:
-            with _torch_silent():
+            with STDERR.silent():
                 if _store().check([FIRST]):
                     return True
             time.sleep(0.05)
@@ -137,31 +169,6 @@ def _another_told() -> bool | None:
 
 def _store() -> Any:
     return dist.distributed_c10d._get_default_store()
-
-
-@contextmanager
-def _torch_silent() -> Iterator[None]:
-    """Without what torch's C++ writes to stderr, pages of it, where the store is gone."""
-    with _stderr():
-        kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, 2)
-        try:
-            yield
-        finally:
-            os.dup2(kept, 2)
-            os.close(kept)
-            os.close(nowhere)
-
-
-@contextmanager
-def _stderr() -> Iterator[None]:
-    """For one thread at a time: a message must not be told while another has it silent."""
-    held = STDERR.acquire(timeout=SECONDS_FOR_THE_FIRST["rank 0"])  # a store that hangs keeps no message back
-    try:
-        yield
-    finally:
-        if held:
-            STDERR.release()
 
 
 def _speaks_for_its_node() -> bool:

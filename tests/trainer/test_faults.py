@@ -122,20 +122,25 @@ def test_a_validation_that_loses_a_rank_is_to_be_run_again(tmp_path):
 
 def test_a_message_is_told_while_another_thread_keeps_torch_silent(capfd):
     """The thread that watches the ranks tells of a killed one just when the other asks the ranks' store."""
+    hangs, done = threading.Event(), threading.Event()
 
-    def ask():
-        with failure._torch_silent():
-            time.sleep(0.2)
+    def ask(until):
+        with failure.STDERR.silent():
+            os.write(2, b"pages of C++")
+            until.wait()
 
-    threads = [threading.Thread(target=ask) for _ in range(2)]
+    threads = [threading.Thread(target=ask, args=(until,)) for until in (hangs, done)]
     for thread in threads:
         thread.start()
     time.sleep(0.1)
     failure.tell("rank 1 was killed")
-    for thread in threads:
-        thread.join()
+    done.set()
+    threads[1].join()
     failure.tell("all stop")
-    assert capfd.readouterr().err == "Error: rank 1 was killed\nError: all stop\n"
+    hangs.set()
+    threads[0].join()
+    os.write(2, b"and torch may speak again")
+    assert capfd.readouterr().err == "Error: rank 1 was killed\nError: all stop\nand torch may speak again"
 
 
 def test_an_interrupt_ends_all_ranks_and_leaves_a_checkpoint(tmp_path):
