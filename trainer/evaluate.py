@@ -123,6 +123,9 @@ def evaluate(
     _check_alike(opened, truth)
     cells = cells or slice(0, truth.shape[3])
     reader = Reader(truth, first.variables, cells)
+    for start in starts:  # all of them on all ranks: none must wait for one that has failed
+        if not reader.has(start):
+            raise SelectionError(f"the truth lacks {start}, an initial date. Give the dataset that it started from.")
     if not any(reader.knows(date) for one in opened for date in one.dates):
         last = max(one.dates[-1] for one in opened)
         raise SelectionError(
@@ -134,8 +137,7 @@ def evaluate(
     sums = np.zeros((len(SUMS), len(METHODS), len(REFERENCES), len(first), len(first.variables)))
     for dataset, start in list(zip(opened, starts, strict=True))[mine]:
         initial = reader.truth(start, dataset.shape[2])
-        if initial is None:
-            raise SelectionError(f"the truth lacks {start}, an initial date. Give the dataset that it started from.")
+        assert initial is not None
         for lead, date in enumerate(dataset.dates):
             given = dataset[lead, :, :, cells]  # [variables, ensemble, cells/M]
             for r, reference in enumerate((reader.truth(date, dataset.shape[2]), reader.exact(date))):
@@ -199,19 +201,20 @@ class Reader:
 
     def truth(self, date: np.datetime64, members: int) -> NDArray[np.float32] | None:
         """[variables, ensemble, cells/M]; None where the dataset does not have the date."""
-        if not self._has(date):
+        if not self.has(date):
             return None
         at = int(np.searchsorted(self._truth.dates, date))
         fields: NDArray[np.float32] = self._truth[at, self._places, slice(0, members), self._cells]
         return fields
 
-    def _has(self, date: np.datetime64) -> bool:
+    def has(self, date: np.datetime64) -> bool:
+        """Whether the dataset has the date."""
         at = int(np.searchsorted(self._truth.dates, date))
         return at < len(self._truth) and self._truth.dates[at] == date and not self._truth.is_missing[at]
 
     def knows(self, date: np.datetime64) -> bool:
         """Whether the dataset has the date, or an exact solution is known."""
-        return self._waves is not None or self._has(date)
+        return self._waves is not None or self.has(date)
 
     def exact(self, date: np.datetime64) -> Float64 | None:
         """[variables, 1, cells/M]; None where no exact solution is known."""

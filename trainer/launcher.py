@@ -102,6 +102,7 @@ def _watch_parent() -> None:
 
 def started_by_others() -> dict[str, int]:
     """Processes per node and nodes, as torchrun or SLURM say; empty where neither started this process."""
+    # Of an earlier run of this process the first is left, the second taken away by Lightning.
     if {"LOCAL_WORLD_SIZE", "WORLD_SIZE"} <= os.environ.keys() and "TRAINER_PARENT" not in os.environ:
         here, everywhere = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
     elif SLURMEnvironment.detect() and "SLURM_NTASKS" in os.environ:
