@@ -108,7 +108,7 @@ BENCHES = {
         loader_table,
     ),
     "rechunk": Bench(
-        (RECHUNK, "--dates", "24"),
+        (RECHUNK, "--dates", "24", "--repeats", "5"),
         (RECHUNK, "--grid", "o320", "--repeats", "1"),
         ("anemoi", "rechunker"),
         rechunk_table,
