@@ -50,7 +50,7 @@ def execute(
         LOGGER.setLevel(logging.CRITICAL)  # it logs pages where the scheduler is lost, which we tell in a line
         client = _client(request, plan, stack)
         workers, counted = len(client.nthreads()), time.monotonic()
-        if not workers:
+        if request.scheduler and not workers:
             print(f"no worker has joined {request.scheduler} yet: waiting for the first", file=sys.stderr, flush=True)
         queue = iter(todo)
         running: Any = as_completed()  # type: ignore[no-untyped-call]
@@ -78,8 +78,8 @@ def execute(
                 ) from error
             except (FutureCancelledError, CommClosedError) as error:
                 raise OutputError(
-                    f"the dask scheduler at {request.scheduler} was lost ({error}). Start one with workers, then run "
-                    "the same command again to continue."
+                    f"the dask scheduler{f' at {request.scheduler}' if request.scheduler else ''} was lost ({error}). "
+                    "Start it again with workers, then run the same command again to continue."
                 ) from error
             submit()
 

@@ -66,7 +66,7 @@ def whole(tmp_path_factory):
 def test_training_killed_at_random_steps_and_resumed_is_bit_identical(whole, tmp_path, ranks, kills):
     arguments = ["fit", *EVERYTHING, f"--strategy.num_gpus_per_model={ranks}", "--ckpt_path=last"]
     chance = random.Random(ranks)
-    for step in sorted(chance.sample(range(1, 23), kills)):
+    for step in sorted(chance.sample(range(1, 18), kills)):  # of 24: the kill must find it at work
         run = Run(tmp_path, *arguments, ranks=ranks)
         run.until(lambda run=run, step=step: run.steps >= step)
         run.kill()
