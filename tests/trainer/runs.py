@@ -65,6 +65,7 @@ def serve() -> None:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code or 0)
+        children.pop(pid, None)  # of an earlier run: numbers of processes come again
         with contextlib.suppress(OSError):
             os.setpgid(pid, pid)  # here too: who is told of it may kill the group before the child has made it
         print(pid, flush=True)
