@@ -13,6 +13,7 @@ from shardio.codec import Codec, crc32c
 from shardio.errors import ChunkError, DatasetError
 from shardio.layout import ArrayLayout, parse
 from shardio.reader import overlap
+from shardio.source import array_metadata
 from shardio.store import Store, read_json
 from shardio.stream import BloscRows, streams
 
@@ -21,7 +22,7 @@ STREAMED = 2**20  # bytes of a buffer; blocks of blosc are smaller
 
 def small_array(store: Store, name: str) -> NDArray[Any] | None:
     """All values of the array `name`; None where there is none."""
-    metadata = read_json(store, f"{name}/zarr.json") or read_json(store, f"{name}/.zarray")
+    metadata = array_metadata(store, name)
     if metadata is None:
         return None
     layout, dtype = _with_dates(metadata, f"{store.url}/{name}")
@@ -37,12 +38,12 @@ def small_array(store: Store, name: str) -> NDArray[Any] | None:
 
 
 def stored_values(store: Store, name: str, codec: Codec) -> tuple[bytes, int] | None:
-    """Stored bytes of an array of float64 in one chunk of `codec`, and the crc32c of its values; None where it is not.
+    """Stored bytes of float64 [cell] in one chunk of `codec`, and the crc32c of the values; None where it is not that.
 
     The values pass through a small buffer: those of a 9 km grid are 50 MB, and fresh memory takes longer than decoding.
     """
     where = f"{store.url}/{name}"
-    layout = parse(read_json(store, f"{name}/zarr.json") or read_json(store, f"{name}/.zarray") or {}, where)
+    layout = parse(array_metadata(store, name) or {}, where)
     plain = layout.chunks == layout.shape and layout.zarr_shards is None and not layout.checked
     if layout.codec != codec or not plain or np.dtype(layout.dtype) != np.dtype("<f8"):
         return None
