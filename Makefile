@@ -23,10 +23,10 @@ demo: .venv/.installed  ## make datasets, cut, verify, plot and load them, train
 	$(BIN)/shardio plot demo/o96-16.zarr --variable t --output demo/grid-chunks.png
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node=2 docs/examples/train_plain_torch.py demo/o96-16.zarr
 	$(BIN)/shardio synth demo/o32.zarr --grid o32 --dates 200 --grid-chunks 4
-	$(BIN)/trainer fit --config trainer/configs/demo.yaml --data.dataset demo/o32.zarr --output demo/run
-	$(BIN)/trainer validate --config trainer/configs/demo.yaml --data.dataset demo/o32.zarr --output demo/run \
+	$(BIN)/trainer fit --config trainer/cli/configs/demo.yaml --data.dataset demo/o32.zarr --output demo/run
+	$(BIN)/trainer validate --config trainer/cli/configs/demo.yaml --data.dataset demo/o32.zarr --output demo/run \
 		--ckpt_path demo/run/checkpoints/last.ckpt
-	$(BIN)/trainer predict --config trainer/configs/demo.yaml --dataset demo/o32.zarr --output demo/forecasts \
+	$(BIN)/trainer predict --config trainer/cli/configs/demo.yaml --dataset demo/o32.zarr --output demo/forecasts \
 		--ckpt_path demo/run/checkpoints/last.ckpt --start 2020-02-10 --lead-time 120h --evaluate
 
 test: check  ## all checks, then all tests

@@ -3,38 +3,66 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what __getattr__ gives at run time, for type checkers and editors
-    from shardio.dataset import Dataset, open_dataset
-    from shardio.loader import ShardedBatch, ShardedDataLoader
-    from shardio.partition import Partition
-    from shardio.sampler import ReadGroupSampler
-    from shardio.sharded_writer import Description, ShardedWriter
-    from shardio.topology import Topology
+    from shardio.load.batch import ShardedBatch
+    from shardio.load.dataset import Dataset, open_dataset
+    from shardio.load.loader import ShardedDataLoader
+    from shardio.load.partition import Partition, balanced, partition
+    from shardio.load.reading import Reading
+    from shardio.load.sampler import ReadGroupSampler, valid_starts
+    from shardio.load.topology import Topology
+    from shardio.rechunk.allocator import keep_freed_memory
+    from shardio.source.source import STATISTICS
+    from shardio.source.synthetic import RossbyWaves, octahedral
+    from shardio.write.job import sweep_published
+    from shardio.write.sharded_writer import Description, ShardedWriter, begun_chunk_cells, is_complete
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "STATISTICS",
     "Dataset",
     "Description",
     "Partition",
     "ReadGroupSampler",
+    "Reading",
+    "RossbyWaves",
     "ShardedBatch",
     "ShardedDataLoader",
     "ShardedWriter",
     "Topology",
     "__version__",
+    "balanced",
+    "begun_chunk_cells",
+    "is_complete",
+    "keep_freed_memory",
+    "octahedral",
     "open_dataset",
+    "partition",
+    "sweep_published",
+    "valid_starts",
 ]
 
 _HOMES = {
-    "Dataset": "dataset",
-    "Description": "sharded_writer",
-    "Partition": "partition",
-    "ReadGroupSampler": "sampler",
-    "ShardedBatch": "loader",
-    "ShardedDataLoader": "loader",
-    "ShardedWriter": "sharded_writer",
-    "Topology": "topology",
-    "open_dataset": "dataset",
+    "Dataset": "load.dataset",
+    "Description": "write.sharded_writer",
+    "Partition": "load.partition",
+    "ReadGroupSampler": "load.sampler",
+    "Reading": "load.reading",
+    "RossbyWaves": "source.synthetic",
+    "STATISTICS": "source.source",
+    "ShardedBatch": "load.batch",
+    "ShardedDataLoader": "load.loader",
+    "ShardedWriter": "write.sharded_writer",
+    "Topology": "load.topology",
+    "balanced": "load.partition",
+    "begun_chunk_cells": "write.sharded_writer",
+    "is_complete": "write.sharded_writer",
+    "keep_freed_memory": "rechunk.allocator",
+    "octahedral": "source.synthetic",
+    "open_dataset": "load.dataset",
+    "partition": "load.partition",
+    "sweep_published": "write.job",
+    "valid_starts": "load.sampler",
 }
 
 

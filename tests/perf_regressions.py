@@ -6,7 +6,7 @@ from typing import Any
 
 from tools.perf.grids import Site
 from tools.perf.matrix import Found, measure_rank
-from trainer import halo
+from trainer.graph import halo
 
 
 def count_twice(rank: int, group: Any, site: Site) -> tuple[Found, Found]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from shardio.rechunk import Request, prepare, run
-from shardio.synthetic_source import SyntheticSource
+from shardio.source.synthetic_source import SyntheticSource
 
 EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
 

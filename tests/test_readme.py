@@ -75,11 +75,17 @@ def test_every_command_of_the_readme_is_in_a_block_that_runs(program: str, fewes
 
 
 @pytest.mark.parametrize("package", ["shardio", "trainer"])
-def test_file_tree_of_the_readme_is_the_one_there_is(package: str) -> None:
+def test_rooms_of_the_readme_are_those_there_are(package: str) -> None:
     tree = re.split(r"```|\n\w+/\n", README[README.index(f"\n{package}/\n") + len(package) + 3 :])[0]
-    listed = re.findall(r"^  (\w+\.\w+) ", tree, re.MULTILINE)
-    there = {path.name for path in (ROOT / package).iterdir() if path.suffix in (".py", ".cpp")} - {"__init__.py"}
-    assert sorted(listed) == sorted(there)
+    listed = re.findall(r"^  (\w+)/ ", tree, re.MULTILINE)
+    rooms = {path.parent.name for path in (ROOT / package).glob("*/__init__.py")}
+    assert sorted(listed) == sorted(rooms)
+
+
+@pytest.mark.parametrize("room", sorted(ROOT.glob("shardio/*/")) + sorted(ROOT.glob("trainer/*/")), ids=str)
+def test_a_room_says_what_passes_through_it(room: Path) -> None:
+    if room.name != "__pycache__":
+        assert len((room / "__init__.py").read_text().split('"""')[1]) > 60
 
 
 @pytest.mark.parametrize("link", re.findall(r"\]\(((?!http)[^)]+)\)", README))
@@ -90,7 +96,7 @@ def test_link_of_the_readme_leads_somewhere(link: str) -> None:
 def test_messages_of_the_troubleshooting_table_are_those_of_the_code() -> None:
     table = (ROOT / "docs/rechunk.md").read_text().split("## Troubleshooting")[1]
     messages = [text for row in table.splitlines() for text in re.findall(r"`([^`]+)`", row.split(" | ")[0])]
-    code = "".join(path.read_text() for path in (ROOT / "shardio").glob("*.py"))
+    code = "".join(path.read_text() for path in (ROOT / "shardio").rglob("*.py"))
     code = re.sub(r"\{[^{}]*\}", "...", re.sub(r"\"\s*\n\s*f?\"", "", code))
 
     def said(message: str) -> bool:

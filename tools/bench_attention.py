@@ -1,4 +1,4 @@
-"""Edge attention on o96 and ico4: trainer.attention against gather and scatter as in PyTorch Geometric.
+"""Edge attention on o96 and ico4: trainer.model.attention against gather and scatter as in PyTorch Geometric.
 
 python -m tools.bench_attention                  both kernels, float32 and bfloat16: half a minute
 python -m tools.bench_attention --threads 1 --json
@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from shardio.partition import partition
-from shardio.synthetic import octahedral
-from trainer.attention import attend
-from trainer.edge_lists import EdgeLists
-from trainer.graph import Edges, GraphOptions, build_graph
+from shardio.load.partition import partition
+from shardio.source.synthetic import octahedral
+from trainer.graph.edge_lists import EdgeLists
+from trainer.graph.graph import Edges, GraphOptions, build_graph
+from trainer.model.attention import attend
 
 ALLOCATOR = {  # or glibc faults the pages of large tensors in at each use
     "MALLOC_MMAP_MAX_": "0",

@@ -19,19 +19,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from shardio.partition import partition
-from shardio.synthetic import octahedral
+from shardio.load.partition import partition
+from shardio.source.synthetic import octahedral
 from tools.trainer_memory import living_tensors
 from tools.trainer_step import Sizes, Step, on_ranks
 from tools.trainer_traffic import count_sent
-from trainer.footprint import PRECISIONS, Footprint, Job, footprint
-from trainer.forecaster import Roles
-from trainer.gradients import reduce_gradients
-from trainer.graph import GraphOptions, build_graph
-from trainer.graph_counts import CutGraph
-from trainer.live_bytes import LiveBytes
-from trainer.model import ModelOptions
-from trainer.optimizer import OptimizerOptions
+from trainer.fit.gradients import reduce_gradients
+from trainer.fit.optimizer import OptimizerOptions
+from trainer.graph.graph import GraphOptions, build_graph
+from trainer.model.forecaster import Roles
+from trainer.model.model import ModelOptions
+from trainer.plan.counts import CutGraph
+from trainer.plan.footprint import PRECISIONS, Footprint, Job, footprint
+from trainer.plan.live_bytes import LiveBytes
 
 MARGIN = 0.1
 LARGE = Sizes("o96", "ico4", channels=64, layers=3, variables=12, checkpointing=False)

@@ -10,9 +10,9 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.patches import FancyArrowPatch, Rectangle
 
-from shardio.partition import partition
-from shardio.reading import Reading, meet
-from shardio.topology import Topology
+from shardio.load.partition import partition
+from shardio.load.reading import Reading, meet
+from shardio.load.topology import Topology
 
 CELLS = 960
 COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#b279a2")

@@ -14,9 +14,9 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
-from shardio.partition import partition
-from shardio.synthetic import octahedral
-from trainer.graph import GraphOptions, build_graph
+from shardio.load.partition import partition
+from shardio.source.synthetic import octahedral
+from trainer.graph.graph import GraphOptions, build_graph
 
 RANKS, SHOWN = 4, 1
 COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#b279a2")

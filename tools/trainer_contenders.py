@@ -71,9 +71,9 @@ def size(tensor: torch.Tensor) -> int:
 # --------------------------------------------------------------------------------------------------------- this package
 def make_graph(path: str, grid: str, hidden: str) -> None:
     """Our one-rank graph as plain arrays, for both sides."""
-    from shardio.partition import partition
-    from shardio.synthetic import octahedral
-    from trainer.graph import GraphOptions, build_graph
+    from shardio.load.partition import partition
+    from shardio.source.synthetic import octahedral
+    from trainer.graph.graph import GraphOptions, build_graph
 
     latitudes, longitudes, _ = octahedral(grid)
     cells = partition(latitudes.size, 1, latitudes.size)
@@ -87,14 +87,14 @@ def make_graph(path: str, grid: str, hidden: str) -> None:
 
 
 def ours(options: argparse.Namespace, rank: int, world: int) -> tuple[Any, Callable[[Any, Any], Any], Any]:
-    from shardio.allocator import keep_freed_memory
-    from shardio.partition import partition
-    from shardio.synthetic import octahedral
-    from trainer.forecaster import Forecaster, Roles
-    from trainer.graph import GraphOptions, build_graph
-    from trainer.loss import AreaLoss, LossOptions
-    from trainer.model import ModelOptions
-    from trainer.sharded_graph import shard_graph
+    from shardio.load.partition import partition
+    from shardio.rechunk.allocator import keep_freed_memory
+    from shardio.source.synthetic import octahedral
+    from trainer.graph.graph import GraphOptions, build_graph
+    from trainer.graph.sharded_graph import shard_graph
+    from trainer.model.forecaster import Forecaster, Roles
+    from trainer.model.loss import AreaLoss, LossOptions
+    from trainer.model.model import ModelOptions
 
     keep_freed_memory()
     latitudes, longitudes, _ = octahedral(options.grid)
@@ -122,7 +122,7 @@ def ours(options: argparse.Namespace, rank: int, world: int) -> tuple[Any, Calla
 
 
 def reduce_ours(model: Any, world: int) -> None:
-    from trainer.gradients import reduce_gradients
+    from trainer.fit.gradients import reduce_gradients
 
     if world > 1:
         reduce_gradients(model.parameters(), 1)
@@ -285,7 +285,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 def kernel() -> str:
     """Which attention ran."""
-    from trainer import attention_kernel
+    from trainer.model.kernels import cpp as attention_kernel
 
     return str(getattr(attention_kernel, "describe", lambda: "?")())
 

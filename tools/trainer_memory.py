@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tools.trainer_step import Sizes, Step, on_ranks
-from trainer.live_bytes import LiveBytes
+from trainer.plan.live_bytes import LiveBytes
 
 MARGIN = 1.1
 

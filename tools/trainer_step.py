@@ -16,15 +16,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shardio.partition import partition
-from shardio.synthetic import octahedral
-from trainer.forecaster import Forecaster, Roles
-from trainer.gradients import broadcast_parameters, reduce_gradients
-from trainer.graph import GraphOptions, build_graph
-from trainer.grid import cell_areas
-from trainer.loss import AreaLoss, LossOptions
-from trainer.model import ModelOptions
-from trainer.sharded_graph import shard_graph
+from shardio.load.partition import partition
+from shardio.source.synthetic import octahedral
+from trainer.fit.gradients import broadcast_parameters, reduce_gradients
+from trainer.graph.graph import GraphOptions, build_graph
+from trainer.graph.grid import cell_areas
+from trainer.graph.sharded_graph import shard_graph
+from trainer.model.forecaster import Forecaster, Roles
+from trainer.model.loss import AreaLoss, LossOptions
+from trainer.model.model import ModelOptions
 
 PATIENCE = timedelta(minutes=10)
 

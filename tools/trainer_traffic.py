@@ -25,9 +25,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tools.trainer_step import Sizes, Step, on_ranks
-from trainer.halo import Halo
-from trainer.loss import AreaLoss
-from trainer.sharded_graph import ShardedGraph
+from trainer.graph.halo import Halo
+from trainer.graph.sharded_graph import ShardedGraph
+from trainer.model.loss import AreaLoss
 
 PARTS = ("encoder", "processor", "decoder")
 # Every way of torch.distributed to move numbers: whatever is not counted below must not be used.

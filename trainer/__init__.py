@@ -3,18 +3,18 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what __getattr__ gives at run time, for type checkers and editors
-    from trainer.data import ForecastDataModule
-    from trainer.forecast import load
-    from trainer.module import ForecastModule
-    from trainer.strategy import DDPGroupStrategy
+    from trainer.fit.data import ForecastDataModule
+    from trainer.fit.module import ForecastModule
+    from trainer.fit.strategy import DDPGroupStrategy
+    from trainer.predict.forecast import load
 
 __all__ = ["DDPGroupStrategy", "ForecastDataModule", "ForecastModule", "load"]
 
 _HOMES = {
-    "DDPGroupStrategy": "strategy",
-    "ForecastDataModule": "data",
-    "ForecastModule": "module",
-    "load": "forecast",
+    "DDPGroupStrategy": "fit.strategy",
+    "ForecastDataModule": "fit.data",
+    "ForecastModule": "fit.module",
+    "load": "predict.forecast",
 }
 
 

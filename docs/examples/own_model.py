@@ -8,9 +8,9 @@ import torch.distributed as dist
 from scipy.spatial import cKDTree
 
 from shardio import ShardedDataLoader, Topology, open_dataset
-from trainer.gradients import reduce_gradients
-from trainer.grid import Frames, cell_areas
-from trainer.halo import build_halo, exchange
+from trainer.fit.gradients import reduce_gradients
+from trainer.graph.grid import Frames, cell_areas
+from trainer.graph.halo import build_halo, exchange
 
 
 class Neighbours(torch.nn.Module):

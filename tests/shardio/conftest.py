@@ -15,7 +15,7 @@ import pytest
 import zarr
 from click.testing import CliRunner
 
-from shardio.cli import main
+from shardio.cli.main import main
 from shardio.rechunk import Request, prepare, run
 
 DIMENSIONS = ["time", "variable", "ensemble", "cell"]

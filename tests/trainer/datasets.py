@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import zarr
 
-from shardio.synthetic import octahedral
-from trainer.graph import GraphOptions
+from shardio.source.synthetic import octahedral
+from trainer.graph.graph import GraphOptions
 
 VARIABLES = ("lsm", "t_850", "sst", "q_500", "tp", "sun")
 FORCINGS, DIAGNOSTICS, MASKED = ("lsm", "sun"), ("tp",), "sst"

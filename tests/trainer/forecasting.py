@@ -13,9 +13,9 @@ import torch
 from runs import fit
 
 from shardio import open_dataset
-from trainer.assembly import Place
-from trainer.forecast import forecast_partition, load
-from trainer.predict import plan, write
+from trainer.model.assembly import Place
+from trainer.predict.forecast import forecast_partition, load
+from trainer.predict.predict import plan, write
 
 # Steps enough that errors do not grow: an untrained model amplifies the rounding in which ranks differ.
 TRAINING = (

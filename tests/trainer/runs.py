@@ -36,7 +36,7 @@ PATIENCE = 60.0  # seconds for a run of a few steps; what takes longer hangs
 
 def serve() -> None:
     """Fork for every line of JSON, and say how the forks ended."""
-    import trainer.cli
+    import trainer.cli.main
 
     children: dict[int, int] = {}
     for line in sys.stdin:
@@ -59,7 +59,7 @@ def serve() -> None:
                 if order["arguments"][0] == "-c":
                     exec(order["arguments"][1], {})
                 else:
-                    trainer.cli.main()
+                    trainer.cli.main.main()
             except SystemExit as end:
                 code = end.code
             sys.stdout.flush()
@@ -114,7 +114,7 @@ def waves() -> Path:
     """A week of waves on 544 cells, in 4 grid-chunks; never changed."""
     from click.testing import CliRunner
 
-    from shardio.cli import main
+    from shardio.cli.main import main
 
     folder = Path(tempfile.mkdtemp(prefix="waves-"))
     atexit.register(shutil.rmtree, folder)

@@ -15,13 +15,13 @@ from datasets import DIAGNOSTICS, FORCINGS, MASKED, grid_of
 from ranks import group_of
 
 from shardio import ShardedDataLoader, Topology, open_dataset
-from shardio.partition import partition
-from trainer.assembly import Place, assemble_areas, assemble_forecaster, assemble_graph, assemble_loss
-from trainer.forecaster import Roles
-from trainer.gradients import broadcast_parameters, reduce_gradients
-from trainer.loss import LossOptions
-from trainer.model import ModelOptions
-from trainer.optimizer import OptimizerOptions, build_optimizer
+from shardio.load.partition import partition
+from trainer.fit.gradients import broadcast_parameters, reduce_gradients
+from trainer.fit.optimizer import OptimizerOptions, build_optimizer
+from trainer.model.assembly import Place, assemble_areas, assemble_forecaster, assemble_graph, assemble_loss
+from trainer.model.forecaster import Roles
+from trainer.model.loss import LossOptions
+from trainer.model.model import ModelOptions
 
 STEPS = 5
 INPUT_STEPS = 2

@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from shardio.partition import balanced
-from trainer.graph import Graph
+from shardio.load.partition import balanced
+from trainer.graph.graph import Graph
 
 NARROW = 64  # whatever is no node, edge, weight or message is less: batch, time, variables, channels, heads
 KINDS = ("all_", "reduce", "gather", "scatter", "broadcast", "send", "recv", "isend", "irecv", "batch_isend")

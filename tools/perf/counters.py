@@ -4,7 +4,7 @@ bytes_read     by the kernel's own count of what this process asked it to read: 
 opens          of files with fields, for reading and for writing
 messages       collectives that this rank took part in, and bytes_sent by them to other ranks
 flops          of matrix products, forward and backward
-peak_bytes     of living tensors (trainer/live_bytes.py); of rechunking, of arrays and chunks (tracemalloc)
+peak_bytes     of living tensors (trainer/plan/live_bytes.py); of rechunking, of arrays and chunks (tracemalloc)
 allocations    of tensors
 """
 
@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tools.trainer_memory import living_tensors
 from tools.trainer_traffic import UncountedError, ring
-from trainer.live_bytes import LiveBytes
+from trainer.plan.live_bytes import LiveBytes
 
 Counters = dict[str, int]
 

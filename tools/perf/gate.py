@@ -94,7 +94,7 @@ def made_with() -> dict[str, str]:
     """What OF_TORCH depends on."""
     import torch
 
-    from trainer import attention_kernel
+    from trainer.model.kernels import cpp as attention_kernel
 
     kernel = "torch" if attention_kernel.load()[0] is None else "compiled"
     return {"torch": torch.__version__.split("+")[0], "attention kernel": kernel}

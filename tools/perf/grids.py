@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardio.rechunk import Request, prepare, run
-from shardio.synthetic import RossbyWaves, octahedral, variable_units
-from trainer.graph import GraphOptions
-from trainer.model import ModelOptions
+from shardio.source.synthetic import RossbyWaves, octahedral, variable_units
+from trainer.graph.graph import GraphOptions
+from trainer.model.model import ModelOptions
 
 DATES = 48
 TASK_MEMORY = 24 * 2**20  # too little for a block of dates: a date is a task, as it is where dates are large

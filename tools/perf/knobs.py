@@ -19,11 +19,11 @@ from typing import Any
 
 import torch.distributed as dist
 
-from shardio.allocator import keep_freed_memory
+from shardio.rechunk.allocator import keep_freed_memory
 from tools.perf.calibration import Calibration
 from tools.trainer_step import Sizes, Step, on_ranks
-from trainer import attention_kernel
-from trainer.live_bytes import LiveBytes
+from trainer.model.kernels import cpp as attention_kernel
+from trainer.plan.live_bytes import LiveBytes
 
 
 @dataclass(frozen=True)

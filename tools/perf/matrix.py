@@ -12,7 +12,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from shardio.allocator import keep_freed_memory
+from shardio.rechunk.allocator import keep_freed_memory
 from tools.perf.calibration import Calibration
 from tools.perf.counters import Counters, bytes_read, count, opens_below, peak_resident
 from tools.perf.grids import Site

@@ -18,18 +18,18 @@ import torch
 import torch.distributed as dist
 
 from shardio import Dataset, ShardedDataLoader, Topology, open_dataset
-from shardio.blocks import execute_here
-from shardio.output import begin_data
-from shardio.partition import Partition, partition
+from shardio.load.partition import Partition, partition
 from shardio.rechunk import prepare, run
+from shardio.rechunk.blocks import execute_here
+from shardio.write.output import begin_data
 from tools.perf.counters import Counters, stored
 from tools.perf.grids import FORCINGS, HOURS, Site
 from trainer import predict
-from trainer.assembly import Place, assemble_areas, assemble_forecaster, assemble_graph, assemble_loss
-from trainer.forecast import Forecast, Trained, forecast_partition
-from trainer.forecaster import Forecaster, Roles
-from trainer.gradients import reduce_gradients
-from trainer.loss import LossOptions
+from trainer.fit.gradients import reduce_gradients
+from trainer.model.assembly import Place, assemble_areas, assemble_forecaster, assemble_graph, assemble_loss
+from trainer.model.forecaster import Forecaster, Roles
+from trainer.model.loss import LossOptions
+from trainer.predict.forecast import Forecast, Trained, forecast_partition
 
 INPUT_STEPS = 2
 STEPS = 3  # of training, in one `once()`

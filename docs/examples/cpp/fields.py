@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from shardio import open_dataset
-from trainer.export import read_program
+from trainer.predict.export import read_program
 
 model, path, initial, fields_path, expected_path = sys.argv[1:]
 program, about = read_program(model)

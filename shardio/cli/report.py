@@ -1,0 +1,79 @@
+"""What rechunk will do and what verify found, in words and for scripts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from shardio.rechunk.request import Prepared
+from shardio.source.order import order_of
+from shardio.units import size
+
+Json = dict[str, Any]
+
+
+def plan_as_json(prepared: Prepared) -> Json:
+    """The plan, for a script."""
+    plan, layout = prepared.plan, prepared.layout
+    return {
+        "source": prepared.request.source,
+        "destination": prepared.request.destination,
+        "shape": list(layout.shape),
+        "chunks": list(layout.chunks),
+        "zarr_format": layout.zarr_format,
+        "codec": str(layout.codec),
+        "order": order_of(prepared.source),
+        "tasks": len(plan.tasks),
+        "pieces_per_task": len(plan.pieces),
+        "bytes_needed": plan.bytes_needed,
+        "bytes_read": plan.bytes_read,
+        "read_amplification": plan.amplification,
+        "bytes_written": plan.bytes_written,
+        "peak_memory": plan.peak_memory,
+        "workers": plan.workers,
+        "threads": plan.threads,
+        "tasks_in_flight": plan.in_flight,
+        "reason": plan.reason,
+    }
+
+
+def plan_as_text(prepared: Prepared) -> str:
+    """The plan, for a person."""
+    plan, layout = prepared.plan, prepared.layout
+    dates, variables, ensemble, cells = layout.shape
+    memory = f"memory at most {size(plan.peak_memory)}"
+    if prepared.request.scheduler:
+        who, memory = f"every worker of the cluster: {counted(plan.threads, 'thread')}", f"{memory} in each worker"
+    else:
+        processes = f"{plan.workers} processes x " if plan.workers > 1 else ""
+        who = f"{processes}{counted(plan.threads, 'thread')}"
+    pieces = counted(len(plan.pieces), "piece") + " each" * (len(plan.tasks) > 1)
+    lines = [
+        f"plan: {counted(dates, 'date')}, {counted(variables, 'variable')}, {counted(ensemble, 'member')}, "
+        f"{cells} cells -> {layout.grid[3]} grid-chunks of {layout.chunks[3]} cells, Zarr v{layout.zarr_format}, "
+        f"{layout.codec}",
+        f"  {counted(len(plan.tasks), 'task')} in {pieces}; {who}, {counted(plan.in_flight, 'task')} in flight",
+        f"  read {size(plan.bytes_read)} (amplification {plan.amplification:.2f}), "
+        f"write {size(plan.bytes_written)} before compression, {memory}",
+    ]
+    if prepared.source.statistics is None:
+        lines.append("  statistics are computed in the same pass: the source has none")
+    if prepared.source.extent.whole_dates:
+        lines.append(f"  cells are put in {order_of(prepared.source)} order: every date is read whole")
+    if plan.reason:
+        lines.append(f"  amplified because {plan.reason}")
+    return "\n".join(lines)
+
+
+def counted(count: int, what: str) -> str:
+    """1 task, 2 tasks."""
+    return f"{count} {what}{'s' * (count != 1)}"
+
+
+def verdict(path: str, source: str | None, faults: int, repaired: int) -> str:
+    """What verify says last."""
+    fixed = f"{counted(repaired, 'date')} repaired; " if repaired else ""
+    if faults:
+        remedy = f"Repair chunks with: shardio verify {path} --source SOURCE --repair"
+        return f"{fixed}{path}: {counted(faults, 'fault')}. {remedy}"
+    equal = f" and every value equals {source}" if source else ""
+    return f"{fixed}{path}: all checksums match{equal}"

@@ -1,0 +1,322 @@
+"""Read any box of `data[date, variable, ensemble, cell]` into your own buffer.
+
+Three engines give the same values to the bit: NativeReader (local files in blosc, zstd, gzip or no codec: pread,
+decode in place), TensorstoreReader (remote stores and other codecs), ZarrReader (what only zarr-python decodes).
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Executor
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardio.errors import REMEDY, ChunkError
+from shardio.format.codec import crc32c
+from shardio.format.layout import ArrayLayout
+from shardio.format.store import SECONDS_TO_ANSWER, LocalStore, Store, kvstore_spec, remote_context
+from shardio.format.stream import HEADER, BloscRows, streams
+
+# Along each axis a range, or a list of indices in any order; lists along several axes mean their outer product.
+Box = tuple[slice | tuple[int, ...], ...]
+NO_CHUNK = 2**64 - 1
+MOST_INDEXES = 4096  # of Zarr shards, kept in memory
+
+
+class Reader(Protocol):
+    """Reads boxes of one array; `out` has the shape of the box and may be strided."""
+
+    layout: ArrayLayout
+
+    def read(self, box: Box, out: NDArray[Any], pool: Executor | None = None) -> None:
+        """Fill `out` with the values of `box`, cast to the dtype of `out`."""
+
+
+def chunks_of(box: Box, chunks: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+    """Indices of the chunks that a box touches, in storage order."""
+    return itertools.product(*(_touched(cut, n) for cut, n in zip(box, chunks, strict=True)))
+
+
+def _touched(cut: slice | tuple[int, ...], n: int) -> Iterable[int]:
+    if isinstance(cut, slice):
+        return range(cut.start // n, -(-cut.stop // n))
+    return sorted({index // n for index in cut})
+
+
+def as_cut(indices: tuple[int, ...]) -> slice | tuple[int, ...]:
+    """The same indices as a slice where they are consecutive: that decodes in place."""
+    first, n = indices[0], len(indices)
+    return slice(first, first + n) if indices == tuple(range(first, first + n)) else indices
+
+
+def overlap(cut: slice | tuple[int, ...], i: int, n: int) -> tuple[slice | list[int], slice | list[int]]:
+    """Where chunk `i` of extent `n` meets `cut`: (index into the box, index into the chunk)."""
+    if isinstance(cut, slice):
+        start, stop = max(cut.start, i * n), min(cut.stop, (i + 1) * n)
+        return slice(start - cut.start, stop - cut.start), slice(start - i * n, stop - i * n)
+    places = [place for place, index in enumerate(cut) if index // n == i]
+    return places, [cut[place] - i * n for place in places]
+
+
+def outer_index(cuts: Sequence[slice | list[int]], shape: tuple[int, ...]) -> tuple[Any, ...]:
+    """An index that NumPy takes as the outer product of `cuts`; slices stay slices where they can."""
+    if sum(isinstance(cut, list) for cut in cuts) < 2:
+        return tuple(cuts)
+    listed = [range(*cut.indices(n)) if isinstance(cut, slice) else cut for cut, n in zip(cuts, shape, strict=True)]
+    return np.ix_(*listed)
+
+
+class Scratch(threading.local):
+    """One growing byte buffer per thread and purpose: fresh memory costs as much as decoding."""
+
+    def take(self, purpose: str, nbytes: int, likely: int = 0) -> NDArray[np.uint8]:
+        """`nbytes` bytes; `likely` is how many it may be another time, so that the buffer need not grow."""
+        buffer: NDArray[np.uint8] | None = getattr(self, purpose, None)
+        if buffer is None or buffer.nbytes < nbytes:
+            buffer = np.empty(max(nbytes, likely), np.uint8)
+            setattr(self, purpose, buffer)
+        return buffer[:nbytes]
+
+
+class NativeReader:
+    """Local files: each chunk is one pread and one decode, on the threads of the caller's pool."""
+
+    def __init__(self, folder: Path, layout: ArrayLayout, fill_absent: bool = False):
+        """`fill_absent`: chunks that are not stored hold the fill value, as Zarr has it, instead of an error."""
+        self.folder, self.layout, self.fill_absent = folder, layout, fill_absent
+        self._scratch = Scratch()
+        self._indexes: dict[str, tuple[tuple[int, int], NDArray[np.uint64]]] = {}
+
+    def read(self, box: Box, out: NDArray[Any], pool: Executor | None = None) -> None:
+        touched = chunks_of(box, self.layout.chunks)
+        run = pool.map if pool else map
+        for _ in run(lambda chunk: self._read_chunk(chunk, box, out), touched):
+            pass
+
+    def stored(self, chunk: tuple[int, ...], most: int | None = None) -> NDArray[np.uint8] | None:
+        """Stored bytes of a chunk, in a buffer of this thread that its next read overwrites; None where absent.
+
+        `most`: as many bytes at most, from its begin.
+        """
+        name, place = self.layout.file_of(chunk)
+        try:
+            descriptor = os.open(self.folder / name, os.O_RDONLY)
+        except FileNotFoundError:
+            return None
+        try:
+            status = os.fstat(descriptor)
+            where = (0, status.st_size) if place is None else self._locate(descriptor, status, place, name)
+            if where is None:
+                return None
+            offset, nbytes = where
+            if most is None:
+                return self._pread(descriptor, offset, nbytes, name, "stored")
+            return self._pread(descriptor, offset, min(most, nbytes), name, "begin")
+        finally:
+            os.close(descriptor)
+
+    def read_chunk(self, chunk: tuple[int, ...], out: NDArray[Any], crc: int | None = None) -> None:
+        """Decode a whole chunk straight into contiguous `out` of its shape and dtype; `crc` is checked where given."""
+        where = self.where(chunk)
+        stored = self.stored(chunk)
+        if stored is None:
+            raise ChunkError(f"{where} is missing. {REMEDY}")
+        if crc is not None and crc32c(stored[: len(stored) - 4 * self.layout.checked]) != crc:
+            raise ChunkError(f"{where}: the crc32c of its stored bytes is not the one recorded. {REMEDY}")
+        self.decode(stored, out, where)
+
+    def streams(self, chunk: tuple[int, ...], largest_block: int) -> bool:
+        """Whether `stream` can take a chunk: blosc, in blocks of at most `largest_block` decoded bytes."""
+        if self.layout.codec is None or self.layout.codec.kind != "blosc":
+            return False
+        header = self.stored(chunk, HEADER)
+        return header is not None and streams(header, largest_block)
+
+    def stream(self, chunk: tuple[int, ...], begins: Sequence[int]) -> BloscRows:
+        """Rows of a chunk that begin at bytes `begins`, to be taken on this thread before it reads again."""
+        stored, where = self.stored(chunk), self.where(chunk)
+        if stored is None:
+            raise ChunkError(f"{where} is missing. {REMEDY}")
+        payload = self._payload(stored, where)
+        return BloscRows(payload, self.layout.chunk_bytes, begins, where)
+
+    def where(self, chunk: tuple[int, ...]) -> str:
+        """A chunk as messages name it."""
+        return f"{self.folder / self.layout.file_of(chunk)[0]} (chunk {'.'.join(map(str, chunk))})"
+
+    def decode(self, stored: NDArray[np.uint8], out: NDArray[Any], where: str) -> None:
+        """Check and decode stored bytes into contiguous `out`; ChunkError names `where`."""
+        assert self.layout.codec is not None
+        payload = self._payload(stored, where)
+        try:
+            self.layout.codec.decode(memoryview(payload), out)
+        except ChunkError as error:
+            raise ChunkError(f"{where}: {error}. {REMEDY}") from error
+
+    def _payload(self, stored: NDArray[np.uint8], where: str) -> NDArray[np.uint8]:
+        """Stored bytes without their own crc32c, which is checked where there is one."""
+        if not self.layout.checked:
+            return stored
+        payload, expected = stored[:-4], int.from_bytes(stored[-4:].tobytes(), "little")
+        if crc32c(payload) != expected:
+            raise ChunkError(f"{where}: the crc32c of the stored bytes does not match. {REMEDY}")
+        return payload
+
+    def _read_chunk(self, chunk: tuple[int, ...], box: Box, out: NDArray[Any]) -> None:
+        layout = self.layout
+        where = self.where(chunk)
+        overlaps = [overlap(cut, i, n) for cut, i, n in zip(box, chunk, layout.chunks, strict=True)]
+        place, inner = (
+            outer_index(side, shape)
+            for side, shape in zip(zip(*overlaps, strict=True), (out.shape, layout.chunks), strict=True)
+        )
+        stored = self.stored(chunk)
+        if stored is None:
+            if not self.fill_absent:
+                raise ChunkError(f"{where} is missing. {REMEDY}")
+            out[place] = layout.fill_value if layout.fill_value is not None else 0
+            return
+        dtype = np.dtype(layout.dtype)
+        if out.dtype == dtype and all(isinstance(cut, slice) for cut in box):
+            target = out[place]
+            if target.shape == layout.chunks and target.flags.c_contiguous:
+                self.decode(stored, target, where)
+                return
+        decoded = self._scratch.take("decoded", layout.chunk_bytes).view(dtype).reshape(layout.chunks)
+        self.decode(stored, decoded, where)
+        cast(decoded[inner], out, place, where)
+
+    def _locate(self, descriptor: int, status: os.stat_result, place: int, name: str) -> tuple[int, int] | None:
+        """(offset, bytes) of an inner chunk, from its Zarr shard's index, kept while the file does not change."""
+        version = (status.st_size, status.st_mtime_ns)
+        known = self._indexes.get(name)
+        if known is None or known[0] != version:
+            if len(self._indexes) >= MOST_INDEXES:
+                self._indexes.clear()
+            known = self._indexes[name] = (version, self._read_index(descriptor, status.st_size, name))
+        offset, length = known[1][place].tolist()
+        if offset == NO_CHUNK and length == NO_CHUNK:
+            return None
+        if offset + length > status.st_size:
+            raise ChunkError(
+                f"{self.folder / name} is truncated: its index points to byte {offset + length} of "
+                f"{status.st_size}. {REMEDY}"
+            )
+        return offset, length
+
+    def _read_index(self, descriptor: int, size: int, name: str) -> NDArray[np.uint64]:
+        """[inner chunks, 2]: offset and bytes of every chunk of a Zarr shard."""
+        entries = int(np.prod(self.layout.chunks_per_zarr_shard))
+        nbytes = 16 * entries + 4 * self.layout.index_checked
+        if size < nbytes:
+            raise ChunkError(f"{self.folder / name} has {size} bytes, less than its index of {nbytes}. {REMEDY}")
+        start = size - nbytes if self.layout.index_at_end else 0
+        index = self._pread(descriptor, start, nbytes, name, "index")
+        if self.layout.index_checked and crc32c(index[:-4]) != int.from_bytes(index[-4:].tobytes(), "little"):
+            raise ChunkError(f"{self.folder / name}: the crc32c of its chunk index does not match. {REMEDY}")
+        return index[: 16 * entries].view("<u8").reshape(-1, 2).copy()
+
+    def _pread(self, descriptor: int, offset: int, nbytes: int, name: str, purpose: str) -> NDArray[np.uint8]:
+        buffer = self._scratch.take(purpose, nbytes, self.layout.chunk_bytes if purpose == "stored" else 0)
+        done = 0
+        while done < nbytes:
+            got = os.preadv(descriptor, [buffer[done:]], offset + done)
+            if got == 0:
+                raise ChunkError(f"{self.folder / name} ends at byte {offset + done} of {offset + nbytes}. {REMEDY}")
+            done += got
+        return buffer
+
+
+class TensorstoreReader:
+    """Whatever tensorstore opens: remote stores, and codecs the native reader does not know."""
+
+    def __init__(self, url: str, layout: ArrayLayout, fill_absent: bool = False):
+        import tensorstore as ts
+
+        self.layout, self.url = layout, url
+        self._remote = "://" in url
+        driver = "zarr" if layout.zarr_format == 2 else "zarr3"
+        spec: dict[str, Any] = {"driver": driver, "kvstore": kvstore_spec(url), "recheck_cached_data": "open"}
+        if not fill_absent:
+            spec["fill_missing_data_reads"] = False
+        try:
+            self._array = ts.open(spec, open=True, read=True, context=remote_context()).result(SECONDS_TO_ANSWER)
+        except (ValueError, TimeoutError) as error:
+            raise ChunkError(f"tensorstore cannot open {url}: {error}") from error
+
+    def read(self, box: Box, out: NDArray[Any], pool: Executor | None = None) -> None:
+        import tensorstore as ts
+
+        dtype = np.dtype(self.layout.dtype).newbyteorder("=")
+        # A remote answer may come after the time is up: never into a buffer that somebody else has by then.
+        values = out if out.dtype == dtype and not self._remote else np.empty(out.shape, dtype)
+        part = self._array.oindex[tuple(cut if isinstance(cut, slice) else list(cut) for cut in box)]
+        reading = ts.array(values).write(part)
+        try:
+            reading.result(SECONDS_TO_ANSWER if self._remote else None)
+        except TimeoutError as error:
+            raise ChunkError(f"{self.url}: no answer in {SECONDS_TO_ANSWER:g} s. Is the server up?") from error
+        except ValueError as error:
+            raise ChunkError(f"{self.url}: {error}. {_remedy(str(error))}") from error
+        if values is not out:
+            cast(values, out, (...,), self.url)
+
+
+def _remedy(problem: str) -> str:
+    if "was ignored by server" in problem:
+        return "Zarr shards need a server that answers byte ranges (nginx, Apache and object stores do)."
+    return REMEDY
+
+
+def cast(values: NDArray[Any], out: NDArray[Any], place: Any, where: str) -> None:
+    """`out[place] = values` with NumPy's cast; finite numbers that would overflow are an error, never infinity."""
+    try:
+        with np.errstate(over="raise"):
+            out[place] = values
+    except FloatingPointError as error:
+        largest = np.nanmax(np.abs(np.where(np.isfinite(values), values, 0)))
+        raise ChunkError(
+            f"{where}: the value {largest:.6g} does not fit in {out.dtype}. Correct it in the source."
+        ) from error
+
+
+class ZarrReader:
+    """Filters of numcodecs, in local files: zarr-python alone decodes them."""
+
+    def __init__(self, folder: Path, layout: ArrayLayout, fill_absent: bool = False):
+        import zarr
+
+        self.layout, self._folder, self._fill_absent = layout, folder, fill_absent
+        try:
+            self._array: Any = zarr.open_array(folder, mode="r")
+        except Exception as error:  # zarr and numcodecs have no exception of their own
+            raise ChunkError(f"neither tensorstore nor zarr can open {folder}: {error}") from error
+
+    def read(self, box: Box, out: NDArray[Any], pool: Executor | None = None) -> None:
+        for chunk in () if self._fill_absent else chunks_of(box, self.layout.chunks):
+            file = self._folder / self.layout.file_of(chunk)[0]
+            if not file.exists():
+                raise ChunkError(f"{file} is missing. {REMEDY}")
+        try:
+            values = self._array.oindex[tuple(cut if isinstance(cut, slice) else list(cut) for cut in box)]
+        except Exception as error:
+            raise ChunkError(f"{self._folder}: {error}. {REMEDY}") from error
+        cast(values, out, (...,), str(self._folder))
+
+
+def open_reader(store: Store, name: str, layout: ArrayLayout, fill_absent: bool = False) -> Reader:
+    """The fastest reader for an array called `name` in a store."""
+    if isinstance(store, LocalStore) and layout.native:
+        return NativeReader(store.root / name, layout, fill_absent)
+    try:
+        return TensorstoreReader(f"{store.url}/{name}", layout, fill_absent)
+    except ChunkError:
+        if not isinstance(store, LocalStore):
+            raise
+        return ZarrReader(store.root / name, layout, fill_absent)

@@ -1,0 +1,328 @@
+"""`open_dataset`: one or several anemoi datasets as one array [date, variable, ensemble, cell], read on demand."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from datetime import UTC, date, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardio.dates import Dates, between, format_step, frequency_seconds, parse_step, spellings
+from shardio.errors import DatasetError, SelectionError
+from shardio.format.metadata import array_metadata
+from shardio.format.reader import as_cut
+from shardio.format.store import REMOTE, open_store
+from shardio.load.indexing import expand, outer
+from shardio.load.join import Part, join, narrow
+from shardio.source.anemoi import AnemoiSource
+from shardio.source.order import CELL_ORDER
+from shardio.source.source import STATISTICS, Extra, Selection
+from shardio.write.job import refuse_unfinished
+
+Names = str | Sequence[str] | None
+When = str | int | date | np.datetime64 | None  # datetime is a date
+
+
+class ReadCostWarning(UserWarning):
+    """Reading works, but decodes more than is needed."""
+
+
+class Dataset:
+    """Fields of a dataset, behind an index of dates, variables, members and cells.
+
+    Attributes:
+      step: seconds between dates; None for a single date.
+      statistics: float64 [variable] by name.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        dates: Dates,
+        variables: Sequence[str],
+        step: int | None,
+        origins: Sequence[AnemoiSource],
+        stored_names: Sequence[str],
+    ):
+        """`origins` have the statistics, under `stored_names`."""
+        self.parts, self.dates, self.variables, self.step = tuple(parts), dates, tuple(variables), step
+        self._origins, self._stored_names = tuple(origins), tuple(stored_names)
+        self.statistics: dict[str, NDArray[np.float64]] = _statistics(origins, stored_names)
+        first = self.parts[0].source
+        self.latitudes, self.longitudes = first.latitudes, first.longitudes
+        self.shape = (len(dates), len(self.variables), first.layout.shape[2], first.layout.shape[3])
+        self.dtype = np.dtype(np.float32)
+        gone = np.zeros(len(dates), bool)
+        for part in self.parts:
+            absent = np.isin(dates, part.source.missing) & (part.rows >= 0)
+            gone |= absent
+        self.is_missing: NDArray[np.bool_] = gone
+
+    @property
+    def missing(self) -> set[int]:
+        """Indices of the dates that have no data."""
+        return set(np.flatnonzero(self.is_missing).tolist())
+
+    @property
+    def name_to_index(self) -> dict[str, int]:
+        """Place of every variable."""
+        return {name: i for i, name in enumerate(self.variables)}
+
+    @property
+    def frequency(self) -> str | None:
+        """Step between dates: 6h."""
+        return None if self.step is None else format_step(self.step)
+
+    @property
+    def chunk_cells(self) -> int:
+        """Cells of one grid-chunk; of the coarsest part where they differ."""
+        return max(part.source.layout.chunks[3] for part in self.parts)
+
+    @property
+    def field_shape(self) -> tuple[int, ...]:
+        """Shape of a field before its cells were put in one row."""
+        return tuple(self.parts[0].source.attributes.get("field_shape", (self.shape[3],)))
+
+    @property
+    def resolution(self) -> str | None:
+        """Name of the grid."""
+        return self.parts[0].source.attributes.get("resolution")
+
+    @property
+    def cell_order(self) -> tuple[Extra, ...]:
+        """What has to go along with these cells, so that `rechunk --order native` brings them back; often nothing."""
+        return tuple(extra for extra in self.parts[0].source.extras if extra.name == CELL_ORDER)
+
+    @property
+    def constants(self) -> tuple[str, ...]:
+        """Variables that the dataset says are constant in time."""
+        about = self.variables_metadata(self.variables)
+        return tuple(name for name in self.variables if about.get(name, {}).get("constant_in_time"))
+
+    def variables_metadata(self, variables: Sequence[str]) -> dict[str, Any]:
+        """What the dataset says about those variables, by name."""
+        about: dict[str, Any] = {}
+        for part in reversed(self.parts):
+            about |= part.source.attributes.get("variables_metadata") or {}
+        stored = dict(zip(self.variables, self._stored_names, strict=True))
+        return {name: about[stored[name]] for name in variables if about.get(stored[name])}
+
+    def statistics_tendencies(self, delta: str | None = None) -> dict[str, NDArray[np.float64]]:
+        """Statistics of the change over `delta` (default: the frequency), float64 [variable] by name.
+
+        SelectionError where the dataset has none for exactly that time, be it written as 24h or as 1d.
+        """
+        origins, seconds = self._needed_origins(), parse_step(delta or str(self.frequency))
+        return _by_variable(origins, [_tendencies(origin, seconds) for origin in origins], self._stored_names)
+
+    def _needed_origins(self) -> list[AnemoiSource]:
+        """Those that have the statistics of a variable that no earlier one has."""
+        needed, lacking = [], set(self._stored_names)
+        for origin in self._origins:
+            if lacking & set(origin.variables):
+                needed.append(origin)
+                lacking -= set(origin.variables)
+        return needed
+
+    def __len__(self) -> int:
+        return len(self.dates)
+
+    def __getitem__(self, index: Any) -> NDArray[np.float32]:
+        """NumPy semantics along all four axes; only the chunks that hold the answer are read."""
+        wanted, dots = expand(index, len(self.shape))
+        cuts, inner = zip(*(outer(item, n) for item, n in zip(wanted, self.shape, strict=True)), strict=True)
+        self.check_present(cuts[0])
+        values = np.empty(tuple(len(cut) for cut in cuts), np.float32)
+        if values.size:
+            self._read(cuts, values)
+        picked = inner if dots is None else (*inner[:dots], Ellipsis, *inner[dots:])
+        answer: NDArray[np.float32] = values[picked]
+        return answer
+
+    def check_present(self, dates: Sequence[int]) -> None:
+        """DatasetError that names the first of `dates` without data."""
+        gone = [i for i in dates if self.is_missing[i]]
+        if gone:
+            raise DatasetError(
+                f"date {self.dates[gone[0]]} (index {gone[0]}) is missing in the dataset. "
+                "Leave it out: `dataset.missing` lists all such indices."
+            )
+
+    def _read(self, cuts: Sequence[Sequence[int]], out: NDArray[np.float32]) -> None:
+        dates, variables, members, cells = cuts
+        for part in self.parts:
+            stored_at = dict(zip(part.places, part.stored, strict=True))
+            own = [i for i, variable in enumerate(variables) if variable in stored_at]
+            stored = tuple(stored_at[variables[i]] for i in own)
+            here = [i for i, date in enumerate(dates) if part.rows[date] >= 0]
+            if not own or not here:
+                continue
+            rows = tuple(int(part.rows[dates[i]]) for i in here)
+            box = (as_cut(rows), as_cut(stored), _cut(members), _cut(cells))
+            if len(here) == len(dates) and len(own) == len(variables):
+                part.source.reader.read(box, out)
+                continue
+            values = np.empty((len(rows), len(stored), len(members), len(cells)), np.float32)
+            part.source.reader.read(box, values)
+            out[np.ix_(here, own)] = values
+
+    def __repr__(self) -> str:
+        dates, variables, members, cells = self.shape
+        return (
+            f"Dataset({dates} dates {self.dates[0]} to {self.dates[-1]}, {variables} variables, {members} members, "
+            f"{cells} cells in chunks of {self.chunk_cells})"
+        )
+
+
+def open_dataset(
+    paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    *,
+    start: When = None,
+    end: When = None,
+    frequency: str | None = None,
+    select: Names = None,
+    drop: Names = None,
+    rename: Mapping[str, str] | None = None,
+    statistics: str | os.PathLike[str] | None = None,
+) -> Dataset:
+    """Open a dataset that `shardio rechunk` or anemoi-datasets made.
+
+    Args:
+      paths: one path or address (`s3://`, `gs://`, `http://`), or several: joined by variables where their dates are
+        the same, concatenated in time where their variables are.
+      start, end: first and last date, both included: 2020, "2020-03", "2020-03-01", "2020-03-01T06:00", or a date,
+        datetime or datetime64.
+      frequency: a coarser step, "24h", counted from the first date.
+      select, drop: stored names of variables to keep (in this order) or to leave out.
+      rename: new names by stored names.
+      statistics: take the statistics, also those of tendencies, of another dataset.
+    """
+    several = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
+    if not several:
+        raise SelectionError("no dataset is named. Give one path, or a list of paths.")
+    sources = [_open(os.fspath(path)) for path in several]
+    for source in sources:
+        _tell_cost(source)
+    joined = join(sources)
+    names, dates = joined.variables, joined.dates
+    chosen = Selection(select=_names(select), drop=_names(drop)).variables(names, joined.where)
+    kept = _every(frequency, dates, _between(dates, start, end, joined.where))
+    new_names = _renamed([names[i] for i in chosen], rename or {})
+    parts = [part for old in joined.parts if (part := narrow(old, kept, chosen)) is not None]
+    origins = sources if statistics is None else [_open(os.fspath(statistics))]
+    step = frequency_seconds(dates) if frequency is None else parse_step(frequency)
+    return Dataset(parts, dates[kept], new_names, step, origins, [names[i] for i in chosen])
+
+
+def _open(path: str) -> AnemoiSource:
+    if not path.startswith(REMOTE):
+        refuse_unfinished(Path(path))
+        if not Path(path).exists():
+            raise DatasetError(f"{path} does not exist. Check the path.")
+    store = open_store(path)
+    if array_metadata(store, "data") is None:
+        raise DatasetError(f"{path} is not an anemoi dataset: it has no array `data`. Make one with shardio rechunk.")
+    source = AnemoiSource(store, Selection(), fill_absent=False)
+    about = source.attributes.get("shardio")
+    if about is not None and not about.get("complete"):
+        raise DatasetError(f"{path} is incomplete. Make it again with: shardio rechunk --overwrite.")
+    return source
+
+
+def _tell_cost(source: AnemoiSource) -> None:
+    layout = source.layout
+    dates, _, _, cells = layout.chunks
+    if dates > 1 or (cells >= layout.shape[3] > 1 and "shardio" not in source.attributes):
+        what = f"{dates} dates" if dates > 1 else "a whole date"
+        warnings.warn(
+            f"{source.path} stores {what} in one chunk: reading any shard of a date decodes all of it. "
+            f"shardio rechunk {source.path} OUT.zarr --grid-chunks 16 makes shards cheap.",
+            ReadCostWarning,
+            stacklevel=3,
+        )
+
+
+def _between(dates: Dates, start: When, end: When, where: str) -> range:
+    return between(dates, _as_text(start), _as_text(end), where)
+
+
+def _as_text(when: When) -> str | None:
+    if isinstance(when, datetime) and when.tzinfo is not None:
+        when = when.astimezone(UTC).replace(tzinfo=None)
+    if isinstance(when, np.datetime64) and np.datetime_data(when.dtype)[0] in ("ms", "us", "ns"):
+        when = when.astype("datetime64[s]")
+    return None if when is None else str(when)
+
+
+def _every(step: str | None, dates: Dates, kept: range) -> NDArray[np.int64]:
+    """Indices of the dates that lie a multiple of `step` after the first one kept."""
+    indices = np.arange(kept.start, kept.stop)
+    base = frequency_seconds(dates)
+    if step is None or base is None:
+        return indices
+    seconds = parse_step(step)
+    if seconds % base:
+        raise SelectionError(
+            f"frequency {step} is not a multiple of {format_step(base)}, the step of the dataset. "
+            f"Use {format_step(base)}, {format_step(2 * base)}, {format_step(4 * base)}, ..."
+        )
+    since = (dates[indices] - dates[indices[0]]).astype(np.int64)
+    kept_indices: NDArray[np.int64] = indices[since % seconds == 0]
+    return kept_indices
+
+
+def _renamed(names: list[str], rename: Mapping[str, str]) -> list[str]:
+    unknown = sorted(set(rename) - set(names))
+    if unknown:
+        raise SelectionError(f"rename names {', '.join(unknown)}, which is not selected. Selected: {', '.join(names)}.")
+    new = [rename.get(name, name) for name in names]
+    twice = sorted({name for name in new if new.count(name) > 1})
+    if twice:
+        raise SelectionError(f"after rename several variables are called {', '.join(twice)}. Choose other names.")
+    return new
+
+
+def _statistics(origins: Sequence[AnemoiSource], names: Sequence[str]) -> dict[str, NDArray[np.float64]]:
+    return _by_variable(origins, [origin.statistics or {} for origin in origins], names)
+
+
+def _by_variable(
+    origins: Sequence[AnemoiSource], tables: Sequence[Mapping[str, NDArray[Any]]], names: Sequence[str]
+) -> dict[str, NDArray[np.float64]]:
+    """Of several datasets in time the first has the statistics, as for the field's other tools."""
+    found: dict[str, dict[str, float]] = {name: {} for name in STATISTICS}
+    for origin, table in reversed(list(zip(origins, tables, strict=True))):
+        for key, values in table.items():
+            found[key].update(zip(origin.variables, values.tolist(), strict=True))
+    lacking = [name for name in names if name not in found["mean"]]
+    if lacking:
+        raise DatasetError(
+            f"{origins[0].path} has no statistics of {', '.join(lacking)}. Name another dataset with statistics=."
+        )
+    return {key: np.array([values[name] for name in names]) for key, values in found.items()}
+
+
+def _tendencies(source: AnemoiSource, seconds: int) -> dict[str, NDArray[Any]]:
+    have = sorted(name for name in source.extra_names() if "tendencies" in name)
+    for delta in spellings(seconds):
+        names = {name: f"statistics_tendencies_{delta}_{name}" for name in STATISTICS}
+        if set(names.values()) <= set(have):
+            return {name: source.required(stored, len(source.variables)) for name, stored in names.items()}
+    wanted = f"statistics_tendencies_{format_step(seconds)}_{STATISTICS[0]}"
+    raise SelectionError(f"{source.path} has no {wanted}. It has: {', '.join(have) or 'none'}.")
+
+
+def _cut(indices: Sequence[int]) -> slice | tuple[int, ...]:
+    """As `as_cut`, without a list of all cells where a whole range is wanted."""
+    if isinstance(indices, range) and indices.step == 1:
+        return slice(indices.start, indices.stop)
+    return as_cut(tuple(indices))
+
+
+def _names(names: Names) -> tuple[str, ...]:
+    return () if names is None else (names,) if isinstance(names, str) else tuple(names)

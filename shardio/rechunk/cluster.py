@@ -1,0 +1,126 @@
+"""The same tasks on a dask cluster: K local processes, or the workers of a scheduler (SLURM, Kubernetes, ssh).
+
+Workers write chunks and return their checksums; the client alone writes the ledger. Losing a worker loses its tasks,
+which dask gives to another.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from dataclasses import replace
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shardio.errors import OutputError, PlanError
+from shardio.format.layout import ArrayLayout
+from shardio.rechunk.blocks import Buffers, write_block
+from shardio.rechunk.plan import Plan, Task
+from shardio.source.source import Source
+from shardio.write.job import WrittenDate
+from shardio.write.writer import ChunkWriter
+
+if TYPE_CHECKING:
+    from shardio.rechunk.request import Request
+
+RETRIES = 2
+AHEAD = 3  # tasks submitted for one that a worker runs
+SECONDS_TO_CONNECT = 20
+LOGGER = logging.getLogger("distributed.client")
+SECONDS_BETWEEN_COUNTS = 0.2  # of the workers
+
+
+def execute(
+    request: Request, layout: ArrayLayout, plan: Plan, folder: Path, todo: list[Task]
+) -> Iterator[list[WrittenDate]]:
+    """Run tasks on the cluster, a bounded number submitted at a time, and give back what each wrote."""
+    from distributed import as_completed
+    from distributed.client import FutureCancelledError
+    from distributed.comm.core import CommClosedError
+    from distributed.scheduler import KilledWorker
+
+    with ExitStack() as stack:
+        stack.callback(LOGGER.setLevel, LOGGER.level)
+        LOGGER.setLevel(logging.CRITICAL)  # it logs pages where the scheduler is lost, which we tell in a line
+        client = _client(request, plan, stack)
+        workers, counted = len(client.nthreads()), time.monotonic()
+        if request.scheduler and not workers:
+            print(f"no worker has joined {request.scheduler} yet: waiting for the first", file=sys.stderr, flush=True)
+        queue = iter(todo)
+        running: Any = as_completed()  # type: ignore[no-untyped-call]
+        # Without its tasks: the plan goes along with each of them.
+        arguments = (request, layout, replace(plan, tasks=()), str(folder.absolute()))
+
+        def submit() -> None:
+            """As many as keep the workers busy that are there by now: those of a batch system join late."""
+            nonlocal workers, counted
+            if time.monotonic() - counted > SECONDS_BETWEEN_COUNTS:
+                with suppress(OSError):  # of a scheduler that is lost, as the next result tells
+                    workers, counted = len(client.nthreads()), time.monotonic()
+            most = AHEAD * max(1, workers) * plan.in_flight
+            for task in islice(queue, max(0, most - running.count())):
+                running.add(client.submit(run_task, task, *arguments, pure=False, retries=RETRIES))
+
+        submit()
+        for future in running:
+            try:
+                yield future.result()
+            except KilledWorker as error:
+                raise OutputError(
+                    f"dask lost every worker that tried a task ({error}). Give workers more memory, or lower "
+                    "--max-memory, then run the same command again to continue."
+                ) from error
+            except (FutureCancelledError, CommClosedError) as error:
+                raise OutputError(
+                    f"the dask scheduler{f' at {request.scheduler}' if request.scheduler else ''} was lost ({error}). "
+                    "Start it again with workers, then run the same command again to continue."
+                ) from error
+            submit()
+
+
+def run_task(task: Task, request: Request, layout: ArrayLayout, plan: Plan, folder: str) -> list[WrittenDate]:
+    """One task, in a worker process."""
+    source, writer, pool, buffers = _tools(request, layout, plan.threads, plan.in_flight, folder)
+    return write_block(source, writer, task, plan.pieces, pool, buffers)
+
+
+@lru_cache(maxsize=1)
+def _tools(
+    request: Request, layout: ArrayLayout, threads: int, in_flight: int, folder: str
+) -> tuple[Source, ChunkWriter, ThreadPoolExecutor, Buffers]:
+    """Opened once per worker process and job: metadata, threads and buffers outlive a task."""
+    source = request.open_source()
+    writer = ChunkWriter(Path(folder), layout, threads, request.sync, source.statistics is None)
+    return source, writer, ThreadPoolExecutor(threads, "chunk"), Buffers(in_flight)
+
+
+def _client(request: Request, plan: Plan, stack: ExitStack) -> Any:
+    import distributed
+
+    open_client: Any = distributed.Client
+    open_cluster: Any = distributed.LocalCluster
+
+    if request.scheduler:
+        try:
+            return stack.enter_context(open_client(request.scheduler, timeout=f"{SECONDS_TO_CONNECT}s"))
+        except (OSError, ValueError) as error:
+            raise PlanError(
+                f"no dask scheduler answers at {request.scheduler} ({error}). Start one with `dask scheduler`."
+            ) from error
+    # The plan keeps the memory bound; dask's own limit would kill workers over the page cache.
+    cluster = stack.enter_context(
+        open_cluster(
+            n_workers=plan.workers,
+            threads_per_worker=plan.in_flight,
+            processes=True,
+            memory_limit=0,
+            dashboard_address="127.0.0.1:0",  # any free port: a taken one costs a warning and a socket
+        )
+    )
+    return stack.enter_context(open_client(cluster))

@@ -1,0 +1,133 @@
+"""Make a grid-chunk dataset: plan, run the tasks here or on a dask cluster, publish.
+
+    source --tasks--> grid-chunks --record--> ledger
+
+One task is a block of dates. A task that ran twice wrote the same bytes twice; a task that was lost is run again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from shardio.errors import OutputError, ShardioError
+from shardio.rechunk.blocks import execute_here
+from shardio.rechunk.plan import Task
+from shardio.rechunk.request import Prepared, Request
+from shardio.write import output
+from shardio.write.job import Job, WrittenDate
+from shardio.write.writer import sync_folder
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Told after every task: dates done of all, decoded bytes written so far by this run."""
+
+    dates: int
+    of: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run did: `dates` written now, the rest was there before."""
+
+    destination: str
+    dates: int
+    resumed_dates: int
+    grid_chunks: int
+    nbytes: int
+    stored_bytes: int
+
+
+def run(prepared: Prepared, report: Callable[[Progress], None] = lambda _: None) -> Result:
+    """Write what is not yet written, then publish; interrupted at any point, call it again."""
+    request, layout = prepared.request, prepared.layout
+    destination = Path(request.destination)
+    with _explained(destination):
+        job = Job(destination, prepared.identity, request.command, request.sync, request.overwrite)
+        try:
+            output.begin_data(job.dataset, layout, prepared.source.data_attributes)
+            written = job.written(layout)
+            before = len(written)
+            todo = [task for task in prepared.plan.tasks if not _done(task, written)]
+            bytes_of_date = layout.grid[3] * layout.chunk_bytes
+            with ThreadPoolExecutor(1, "coordinates") as other:  # one thread, busy for a date's time at most
+                coordinates = other.submit(output.write_coordinates, job.dataset, prepared.source, layout)
+                for dates in _execute(prepared, job.dataset / "data", todo):
+                    job.record(dates)
+                    written.update((date.date, date) for date in dates)
+                    report(Progress(len(written), layout.shape[0], (len(written) - before) * bytes_of_date))
+                    if coordinates.done():
+                        coordinates.result()  # what is wrong with them is told now, not after days of fields
+                job.sweep()  # of workers killed in this run
+                if request.sync:
+                    sync_folder(job.dataset / "data")
+            _check_unchanged(prepared)
+            about, small = _about(prepared), coordinates.result()
+            output.finish_dataset(job.dataset, prepared.source, layout, written, about, small)
+            job.publish()
+        finally:
+            job.close()
+    stored = sum(sum(date.nbytes) for date in written.values())
+    count = len(written)
+    return Result(str(destination), count - before, before, layout.grid[3], (count - before) * bytes_of_date, stored)
+
+
+def _execute(prepared: Prepared, folder: Path, todo: list[Task]) -> Iterator[list[WrittenDate]]:
+    request, plan = prepared.request, prepared.plan
+    if request.workers or request.scheduler:
+        from shardio.rechunk.cluster import execute
+
+        return execute(_elsewhere(request), prepared.layout, plan, folder, todo)
+    return execute_here(prepared.source, prepared.layout, plan, folder, todo, request.sync)
+
+
+def _elsewhere(request: Request) -> Request:
+    """The request as another process needs it: absolute paths."""
+    return request if "://" in request.source else replace(request, source=str(Path(request.source).absolute()))
+
+
+def _check_unchanged(prepared: Prepared) -> None:
+    if prepared.source.fingerprint() != prepared.fingerprint:
+        raise OutputError(
+            f"{prepared.request.source} changed while it was read. Run again with --overwrite once it is at rest."
+        )
+
+
+def _done(task: Task, written: Mapping[int, WrittenDate]) -> bool:
+    return all(date in written for date in range(task.start, task.stop))
+
+
+def _about(prepared: Prepared) -> Json:
+    layout = prepared.layout
+    return {
+        "format_version": output.FORMAT_VERSION,
+        "grid_chunks": layout.grid[3],
+        "chunk_cells": layout.chunks[3],
+        "codec": str(layout.codec),
+        "source": prepared.request.source,
+        "source_fingerprint": prepared.fingerprint,
+        "selection": asdict(prepared.request.selection),
+    }
+
+
+class _explained:  # noqa: N801, used as a function
+    """Turn the errors of the operating system into one message with its remedy."""
+
+    def __init__(self, destination: Path):
+        self._destination = destination
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
+        if isinstance(error, OSError) and not isinstance(error, ShardioError):
+            raise OutputError(
+                f"cannot write {self._destination}: {error.strerror or error}. What is written is kept: "
+                "make room or correct the cause, then run the same command again to continue."
+            ) from error

@@ -1,0 +1,276 @@
+"""An output in the making: `OUT.zarr.partial/` beside OUT.zarr, and the ledger that makes it resumable.
+
+    OUT.zarr.partial/job.json       what is being made: arguments, fingerprint of the source
+    OUT.zarr.partial/ledger.jsonl   one line per finished task: crc32c, size and moments of its chunks
+    OUT.zarr.partial/dataset-ID/    becomes OUT.zarr by one rename, when it is complete
+
+A chunk counts as written when the ledger says so, never because a file exists.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterable
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardio.errors import ChunkError, DatasetError, OutputError
+from shardio.format.codec import crc32c
+from shardio.format.layout import ArrayLayout
+from shardio.format.reader import NativeReader
+from shardio.write.writer import StoredChunk, atomic_file, sync_folder
+
+Json = dict[str, Any]
+SECONDS_BETWEEN_SYNCS = 1.0
+
+
+@dataclass(frozen=True)
+class WrittenDate:
+    """What the ledger knows of one date: crc32c and stored bytes of each grid-chunk, and the merged moments."""
+
+    date: int
+    crc: tuple[int, ...]
+    nbytes: tuple[int, ...]
+    moments: NDArray[np.float64] | None
+
+    @classmethod
+    def of(cls, date: int, chunks: Iterable[StoredChunk], moments: NDArray[np.float64] | None) -> WrittenDate:
+        pairs = [(chunk.crc, chunk.nbytes) for chunk in chunks]
+        return cls(date, tuple(crc for crc, _ in pairs), tuple(n for _, n in pairs), moments)
+
+    def to_line(self) -> str:
+        moments = None if self.moments is None else self.moments.tolist()
+        return json.dumps([self.date, self.crc, self.nbytes, moments]) + "\n"
+
+    @classmethod
+    def from_line(cls, line: str) -> WrittenDate:
+        date, crc, nbytes, moments = json.loads(line)
+        return cls(date, tuple(crc), tuple(nbytes), None if moments is None else np.array(moments))
+
+
+class Job:
+    """One output in the making, held by one process at a time (a lock says so)."""
+
+    def __init__(self, destination: Path, identity: Json, command: str, sync: bool, overwrite: bool = False):
+        """Start, or continue, what `identity` says; OutputError where another run is unfinished or at work.
+
+        With `overwrite` an unfinished run of another identity is discarded, and a complete output replaced at the end.
+        """
+        self.destination, self.sync, self.overwrite = destination, sync, overwrite
+        self.folder = partial_of(destination)
+        # Named after the job: a cluster's worker that outlived a discarded run cannot write into its successor.
+        self.dataset = self.folder / f"dataset-{sha256(json.dumps(identity).encode()).hexdigest()[:12]}"
+        self.folder.mkdir(exist_ok=True)
+        self._open = ExitStack()
+        self._open.callback(os.close, _lock(self.folder))
+        try:
+            self.refuse_existing()
+            begun = self._begun(identity)
+            self.resumed = begun is not None
+            self.was_synced = bool(begun and begun["sync"])
+            if begun is None:
+                (self.folder / "ledger.jsonl").unlink(missing_ok=True)
+                self._begin({"identity": identity, "command": command, "sync": sync})
+            elif begun["sync"] and not sync:
+                self._begin({**begun, "sync": False})
+            ledger = (self.folder / "ledger.jsonl").open("a+", encoding="utf-8", errors="replace")
+            self._ledger = self._open.enter_context(ledger)
+            self._end_torn_line()
+        except BaseException:
+            self.close()
+            raise
+        self._synced_at = time.monotonic()
+
+    def written(self, layout: ArrayLayout) -> dict[int, WrittenDate]:
+        """Finished dates whose files are as the ledger says; everything else is to be written (again)."""
+        self.sweep()
+        folder = self.dataset / "data"
+        with os.scandir(folder) as entries:
+            sizes = {entry.name: entry.stat().st_size for entry in entries}
+        reader = NativeReader(folder, layout)
+        intact = {}
+        self._ledger.seek(0)
+        for line in self._ledger:
+            try:
+                record = WrittenDate.from_line(line)
+            except (ValueError, TypeError):
+                continue  # torn by a kill
+            if _sizes_match(record, layout, sizes) and (self.was_synced or _crc_matches(record, reader)):
+                intact[record.date] = record
+        return intact
+
+    def sweep(self) -> None:
+        """Remove what killed processes left half-written."""
+        for file in (self.dataset / "data").glob("*.tmp"):
+            file.unlink(missing_ok=True)
+
+    def record(self, dates: Iterable[WrittenDate]) -> None:
+        """Note finished dates. A kill loses none; power loss loses the last second, which is written again."""
+        self._ledger.write("".join(date.to_line() for date in dates))
+        self._ledger.flush()
+        if self.sync and time.monotonic() - self._synced_at > SECONDS_BETWEEN_SYNCS:
+            os.fsync(self._ledger.fileno())
+            self._synced_at = time.monotonic()
+
+    def publish(self) -> None:
+        """Give the complete dataset its name. An output it replaces is removed only after that."""
+        if self.sync:
+            for parent, _, files in os.walk(self.dataset):
+                for name in files if Path(parent) != self.dataset / "data" else ():
+                    sync_folder(Path(parent) / name)
+                sync_folder(Path(parent))
+        self.refuse_existing()  # somebody else may have put it there meanwhile
+        if os.path.lexists(self.destination):
+            replaced = self.folder / f"replaced.{time.time_ns()}"
+            os.replace(self.destination, replaced)
+        os.replace(self.dataset, self.destination)
+        if self.sync:
+            sync_folder(self.destination.parent)
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.close()
+        with suppress(OSError):  # NFS keeps the name of an open file, here the lock
+            self.folder.rmdir()
+
+    def close(self) -> None:
+        """Let another run continue."""
+        self._open.close()
+
+    def refuse_existing(self) -> None:
+        """OutputError where the destination exists and may not be replaced."""
+        if os.path.lexists(self.destination) and not self.overwrite:
+            raise OutputError(
+                f"{self.destination} exists. Use --overwrite to replace it, or choose another destination."
+            )
+
+    def _begun(self, identity: Json) -> Json | None:
+        """The unfinished run to continue; None where there is none, or where it may be discarded."""
+        try:
+            begun = read_job(self.destination)
+            if begun is not None and begun["identity"] != identity:
+                raise OutputError(_difference(self.destination, begun, identity))
+            return begun
+        except OutputError:
+            if not self.overwrite:
+                raise
+        for replaced in self.folder.glob("replaced.*"):  # killed between the two renames of `publish`
+            if not os.path.lexists(self.destination):
+                os.replace(replaced, self.destination)
+        for dataset in self.folder.glob("dataset-*"):
+            shutil.rmtree(dataset)
+        return None
+
+    def _begin(self, content: Json) -> None:
+        with atomic_file(self.folder / "job.json", sync=True) as file:
+            file.write([json.dumps(content, indent=1).encode()])
+
+    def _end_torn_line(self) -> None:
+        self._ledger.seek(0)
+        content = self._ledger.read()
+        if content and not content.endswith("\n"):
+            self._ledger.write("\n")
+
+
+def partial_of(destination: Path) -> Path:
+    """Where an output lives until it is complete."""
+    named = destination if destination.name else destination.absolute()  # `.` has no name
+    return named.parent / f"{named.name}.partial"
+
+
+def read_job(destination: Path) -> Json | None:
+    """What an unfinished output is to become; None where nothing was begun."""
+    try:
+        content: Json = json.loads((partial_of(destination) / "job.json").read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise OutputError(
+            f"{partial_of(destination)}/job.json is damaged ({error}). Remove {partial_of(destination)} to start anew."
+        ) from error
+    return content
+
+
+def sweep_published(destination: Path) -> None:
+    """Remove what a run leaves that was killed after it gave its output the name."""
+    folder = partial_of(destination)
+    if not (folder / "job.json").exists() or any(folder.glob("dataset-*")):
+        return
+    with suppress(OutputError):
+        lock = _lock(folder)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+def refuse_unfinished(path: Path) -> None:
+    """DatasetError where `path` is not there but its making has begun, with the command that finishes it."""
+    path = path if path.name else path.absolute()  # `.` may be either folder
+    destination = Path(str(path).removesuffix(".partial"))
+    begun = read_job(destination)
+    if begun is None or (path == destination and destination.exists()):
+        return
+    ledger = partial_of(destination) / "ledger.jsonl"
+    done = len(set(re.findall(rb"^\[(\d+),.*\]$", ledger.read_bytes(), re.MULTILINE))) if ledger.exists() else 0
+    raise DatasetError(
+        f"{destination} is incomplete: {done} of {begun['identity']['dates']} dates are written. "
+        f"Finish it with: {begun['command']}"
+    )
+
+
+def _lock(folder: Path) -> int:
+    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise OutputError(f"another shardio process is writing {folder}. Wait for it, or stop it first.") from None
+    except OSError:
+        pass  # file systems without flock: one writer is then the user's promise
+    with suppress(FileNotFoundError):
+        if os.fstat(descriptor).st_ino == (folder / "lock").stat().st_ino:
+            return descriptor
+    os.close(descriptor)
+    raise OutputError(f"another shardio process has just finished {folder}. Look at its output first.")
+
+
+def _difference(destination: Path, begun: Json, identity: Json) -> str:
+    before = begun["identity"]
+    changed = [
+        f"{key} was {before.get(key)!r}, now {identity.get(key)!r}"
+        for key in {**before, **identity}
+        if before.get(key) != identity.get(key)
+    ]
+    return (
+        f"{partial_of(destination)} is the unfinished output of another run: {'; '.join(changed)}. "
+        f"Finish that one with: {begun['command']}   or discard it with --overwrite."
+    )
+
+
+def _sizes_match(record: WrittenDate, layout: ArrayLayout, sizes: dict[str, int]) -> bool:
+    names = [layout.file_of((record.date, 0, 0, chunk))[0] for chunk in range(len(record.crc))]
+    if layout.zarr_shards is None:
+        return all(sizes.get(name) == nbytes for name, nbytes in zip(names, record.nbytes, strict=True))
+    return sizes.get(names[0]) == sum(record.nbytes) + 16 * len(record.nbytes) + 4
+
+
+def _crc_matches(record: WrittenDate, reader: NativeReader) -> bool:
+    for chunk, crc in enumerate(record.crc):
+        try:
+            stored = reader.stored((record.date, 0, 0, chunk))
+        except ChunkError:  # the index of the Zarr shard is damaged
+            return False
+        if stored is None:
+            return False
+        payload, inside = np.split(stored, [len(stored) - 4 * reader.layout.checked])
+        if crc32c(payload) != crc or (reader.layout.checked and inside.tobytes() != crc.to_bytes(4, "little")):
+            return False
+    return True

@@ -1,0 +1,81 @@
+"""Which chunks are written: each rank notes its own, the first rank merges the notes where a run goes on.
+
+One line per chunk: date, chunk, crc32c and bytes of what is stored. A chunk that no ledger names is written again.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from pathlib import Path
+
+from shardio.errors import OutputError
+from shardio.format.codec import crc32c
+from shardio.format.layout import ArrayLayout
+from shardio.write.writer import atomic_file
+
+Chunks = dict[tuple[int, int], tuple[int, int]]  # date, grid-chunk: crc32c, bytes
+FIRST, OTHERS, RANKS = "ledger.jsonl", "ledger.*.jsonl", "ranks.lock"
+
+
+class Lock:
+    """The folder of a job, which one process holds alone, or several together, for as long as they live."""
+
+    def __init__(self, folder: Path, alone: bool):
+        self._descriptor = os.open(folder / RANKS, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(self._descriptor, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._descriptor)
+            raise OutputError(
+                f"{folder}: ranks of an earlier run are still writing. Wait until they have ended, or stop them."
+            ) from None
+        except OSError:
+            pass  # file systems without flock: one run at a time is then the user's promise
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+
+def line(date: int, chunk: int, crc: int, nbytes: int) -> str:
+    """What a rank notes of a chunk that it has written."""
+    # The line before may be torn by a kill, hence the break at the start too.
+    return f"\n{json.dumps([date, chunk, crc, nbytes])}\n"
+
+
+def read(folder: Path) -> Chunks:
+    """What all ledgers of a job say."""
+    found: Chunks = {}
+    for ledger in (folder / FIRST, *folder.glob(OTHERS)):
+        for line in ledger.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                date, chunk, crc, nbytes = json.loads(line)
+            except (ValueError, TypeError):
+                continue  # torn, or empty
+            found[date, chunk] = (crc, nbytes)
+    return found
+
+
+def there(said: Chunks, data: Path, layout: ArrayLayout, check: bool = False) -> Chunks:
+    """Those chunks whose file is there, with the size that the ledgers say; where asked for, with the bytes too."""
+    with os.scandir(data) as entries:
+        sizes = {entry.name: entry.stat().st_size for entry in entries}
+    names = {key: layout.file_of((key[0], 0, 0, key[1]))[0] for key in said}
+    found = {key: pair for key, pair in said.items() if sizes.get(names[key]) == pair[1]}
+    if check:
+        found = {key: pair for key, pair in found.items() if crc32c((data / names[key]).read_bytes()) == pair[0]}
+    return found
+
+
+def merge(folder: Path, chunks: Chunks, sync: bool) -> None:
+    """One ledger instead of many."""
+    with atomic_file(folder / FIRST, sync) as file:
+        file.write([line(*key, *pair).encode() for key, pair in sorted(chunks.items())])
+    for ledger in folder.glob(OTHERS):
+        ledger.unlink()
+
+
+def of_rank(folder: Path, rank: int) -> Path:
+    """The ledger that a rank writes; the first one goes on with the merged one, by which others count the dates."""
+    return folder / (OTHERS.replace("*", str(rank)) if rank else FIRST)

@@ -1,0 +1,191 @@
+"""Write grid-chunks: encode, checksum, store. One file per chunk in Zarr v2, one Zarr shard per date in v3."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardio.format.codec import crc32c
+from shardio.format.layout import ENCODED_AHEAD, ArrayLayout
+from shardio.format.reader import Scratch
+from shardio.write import statistics
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class StoredChunk:
+    """What the ledger keeps of a chunk.
+
+    `crc` is of the stored bytes (in v3 without their own crc32c), `moments` [5, variable] or None.
+    """
+
+    crc: int
+    nbytes: int
+    moments: NDArray[np.float64] | None
+
+
+class ChunkWriter:
+    """Encodes the grid-chunks of a layout and stores them below `folder`.
+
+    `threads` + ENCODED_AHEAD chunks at most are encoded ahead of a Zarr shard; `sync` makes every file durable before
+    it gets its name; `with_moments` computes statistics on the way.
+    """
+
+    def __init__(self, folder: Path, layout: ArrayLayout, threads: int, sync: bool, with_moments: bool):
+        self.folder, self.layout, self.threads = folder, layout, threads
+        self._sync, self._with_moments = sync, with_moments
+        self._scratch = Scratch()
+
+    def open_date(self, date: int) -> ChunkFiles | ZarrShard:
+        """A writer for the chunks of one date, given in order of cells."""
+        name, place = self.layout.file_of((date, 0, 0, 0))
+        return ChunkFiles(self, date) if place is None else ZarrShard(self.folder / name, self, self._sync)
+
+    def encode(self, fields: NDArray[np.float32]) -> tuple[list[bytes], StoredChunk]:
+        """Compress `fields` [variable, ensemble, cells of one chunk or fewer]; short chunks are padded with NaN."""
+        chunk, cells = self.buffer(), fields.shape[-1]
+        if not np.may_share_memory(chunk, fields):
+            chunk[..., :cells] = fields
+        chunk[..., cells:] = self.layout.fill_value
+        assert self.layout.codec is not None
+        stored = self.layout.codec.encode(chunk)
+        moments = statistics.moments(chunk[..., :cells].reshape(len(chunk), -1)) if self._with_moments else None
+        crc = crc32c(stored)
+        if self.layout.checked:
+            return [stored, crc.to_bytes(4, "little")], StoredChunk(crc, len(stored) + 4, moments)
+        return [stored], StoredChunk(crc, len(stored), moments)
+
+    def buffer(self) -> NDArray[np.float32]:
+        """Where this thread gathers a chunk [variable, ensemble, cell]; fields that lie there already stay in place."""
+        shape = self.layout.chunks[1:]
+        return self._scratch.take("gathered", int(np.prod(shape)) * 4).view(np.float32).reshape(shape)
+
+    def store(self, date: int, chunk: int, fields: NDArray[np.float32]) -> StoredChunk:
+        """Encode one chunk into its own file."""
+        parts, stored = self.encode(fields)
+        with atomic_file(self.folder / self.layout.file_of((date, 0, 0, chunk))[0], self._sync) as file:
+            file.write(parts)
+        return stored
+
+
+class ChunkFiles:
+    """The chunks of one date, each its own file, written on all threads of the pool."""
+
+    def __init__(self, writer: ChunkWriter, date: int):
+        self._writer, self._date = writer, date
+
+    def write(self, first: int, fields: list[NDArray[np.float32]], pool: Executor) -> Iterable[StoredChunk]:
+        """Store consecutive chunks, the first of them number `first`."""
+        numbers = range(first, first + len(fields))
+        return pool.map(lambda chunk, values: self._writer.store(self._date, chunk, values), numbers, fields)
+
+    def __enter__(self) -> ChunkFiles:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing is left to do: each file got its name when it was complete."""
+
+
+class ZarrShard:
+    """The chunks of one date in one file: encoded on all threads, appended in order, the index last."""
+
+    def __init__(self, path: Path, writer: ChunkWriter, sync: bool):
+        self._path, self._writer, self._sync = path, writer, sync
+        self._index: list[tuple[int, int]] = []
+        self._end = 0
+
+    def write(self, first: int, fields: list[NDArray[np.float32]], pool: Executor) -> Iterable[StoredChunk]:
+        """Append consecutive chunks; `first` is the number of those already there."""
+        assert first == len(self._index)
+        ahead = self._writer.threads + ENCODED_AHEAD
+        for parts, stored in _lookahead(pool, self._writer.encode, fields, ahead):
+            self._index.append((self._end, stored.nbytes))
+            self._end += stored.nbytes
+            self._file.write(parts)
+            yield stored
+
+    def __enter__(self) -> ZarrShard:
+        self._file = atomic_file(self._path, self._sync)
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            index = np.array(self._index, "<u8").tobytes()
+            self._file.write([index, crc32c(index).to_bytes(4, "little")])
+        self._file.__exit__(kind)
+
+
+class AtOnce(Executor):
+    """Runs what is submitted at once, on the thread that submits it."""
+
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        future: Future[T] = Future()
+        future.set_result(fn(*args, **kwargs))
+        return future
+
+
+def _lookahead(pool: Executor, function: Any, items: list[Any], ahead: int) -> Iterator[Any]:
+    """`pool.map` with at most `ahead` results waiting, so that encoded chunks do not pile up in memory."""
+    waiting: deque[Any] = deque()
+    for item in items:
+        waiting.append(pool.submit(function, item))
+        if len(waiting) >= ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+class atomic_file:  # noqa: N801, used as a function
+    """A file that gets its name when it is complete: a kill leaves `NAME.<random>.tmp`, never half a NAME."""
+
+    def __init__(self, path: Path, sync: bool):
+        self._path, self._sync = path, sync
+        # Random: containers share process ids, and a lost worker may still write what another writes again.
+        self._temporary = path.with_name(f"{path.name}.{os.urandom(4).hex()}.tmp")
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+        self._descriptor = os.open(self._temporary, flags, 0o666)
+
+    def write(self, parts: list[Any]) -> None:
+        for part in parts:
+            view = memoryview(part).cast("B")
+            while view:
+                view = view[os.write(self._descriptor, view) :]
+
+    def __enter__(self) -> atomic_file:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            if kind is None and self._sync:
+                os.fsync(self._descriptor)
+        finally:
+            os.close(self._descriptor)
+        if kind is None:
+            os.replace(self._temporary, self._path)
+        else:
+            self._temporary.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def chunk_slices(piece: slice, chunk_cells: int) -> list[slice]:
+    """The grid-chunks of a piece, relative to its start."""
+    cells = piece.stop - piece.start
+    return [slice(start, min(start + chunk_cells, cells)) for start in range(0, cells, chunk_cells)]

@@ -1,0 +1,336 @@
+"""The command `trainer predict`: options, ranks, and one line for every forecast."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from shardio import Dataset, Topology, begun_chunk_cells, open_dataset, sweep_published
+from shardio.errors import OutputError, SelectionError
+from trainer.cli.flags import Parser, known, meant, parser_of, underscored, unknown
+from trainer.cli.result import one_object
+from trainer.fit.data import ForecastDataModule
+from trainer.fit.module import ForecastModule
+from trainer.fit.run_folder import CHECKPOINTS, RUN
+from trainer.fit.strategy import DDPGroupStrategy
+from trainer.model.assembly import Place
+from trainer.predict.forecast import assemble, forecast_partition
+from trainer.predict.netcdf import export, refuse_own_names
+from trainer.predict.predict import Task, Written, initial_dates, path_of, plan, write
+from trainer.predict.trained import read_trained
+from trainer.ranks.launcher import RankLauncher, started_by_others
+
+DESCRIPTION = """Forecast from one or many dates; every rank writes its own grid-chunks of OUTPUT/<initial date>.zarr.
+
+  trainer predict --ckpt_path run/checkpoints/last.ckpt --dataset o32.zarr --start 2020-02-10 --lead-time 120h
+  trainer predict --config my.yaml --ckpt_path c.ckpt --start 2020-01-01 --end 2020-01-31 --every 24h
+  trainer predict --config my.yaml --ckpt_path c.ckpt --start 2020-01-01 --devices 4 --num_gpus_per_model 4
+  trainer predict --config my.yaml --ckpt_path c.ckpt --start 2020-01-01 --evaluate --netcdf
+  torchrun --nproc_per_node 4 -m trainer.cli predict --ckpt_path c.ckpt --dataset o32.zarr --start 2020-01-01
+
+--config is the YAML of the training; flags win. Ranks: --devices x --num_nodes of them, or as many as torchrun or
+SLURM start. Each --num_gpus_per_model together make one forecast, the others make those of other dates; neither has to
+be as in the training.
+
+Run the same command again after an interruption: it goes on at the lead time where it stopped, on as many ranks as you
+like, and keeps forecasts that are complete; with --evaluate or --netcdf added it does only that."""
+
+FOREVER = timedelta(days=7)  # how long ranks that are done wait for the others, whose forecasts may take longer
+
+
+def build_parser() -> Parser:
+    """The options of `trainer predict`."""
+    parser = parser_of("predict", DESCRIPTION, "--config FILE --ckpt_path FILE --start DATE")
+    what = parser.add_argument_group("what").add_argument
+    what("--ckpt_path", type=str, required=True, help="Of `trainer fit`, on whatever ranks; last, best: of --config.")
+    what("--config", type=str | None, default=None, help="YAML of the training: gives dataset and ranks.")
+    what("--dataset", type=str | None, default=None, help="Initial fields and forcings. Default: that of --config.")
+    what("--start", type=str, required=True, help="Initial date, or several: 2020-01-01,2020-01-02T12:00.")
+    what("--end", type=str | None, default=None, help="Last initial date: all from --start on, as --every says.")
+    what("--every", type=str | None, default=None, help="Between initial dates, such as 24h. Default: all dates.")
+    what("--lead_time", type=str, default="240h", help="How far each forecast goes.")
+    what("--members", type=int | None, default=None, help="Members of the dataset to start from. Default: all.")
+    out = parser.add_argument_group("output").add_argument
+    out("--output", type=str, default="forecasts", help="Folder of the forecasts.")
+    out("--variables", type=str | None, default=None, help="Names to write: t_850,z_500. Default: all forecast.")
+    out("--evaluate", action="store_true", help="Score the forecasts: scores.csv, skill.png, maps.png in OUTPUT.")
+    out("--netcdf", action="store_true", help="Write each forecast as one CF NetCDF file too, beside it.")
+    out("--overwrite", action="store_true", help="Replace forecasts that are there.")
+    out("--ahead", type=int, default=2, help="Lead times that may wait in memory for the disk.")
+    out("--no_fsync", action="store_true", help="Do not wait for the disk: faster, lost at power loss.")
+    out("--json", action="store_true", help="Print the results as JSON.")
+    out("--debug", action="store_true", help="Show the traceback of an error.")
+    ranks = parser.add_argument_group("ranks").add_argument
+    ranks("--accelerator", type=str | None, default=None, help="cpu, cuda or auto. Default: that of --config, or cpu.")
+    ranks("--devices", type=int | None, default=None, help="Ranks per machine. Default: those of --config, or 1.")
+    ranks("--num_nodes", type=int | None, default=None, help="Machines. Default: those of --config, or 1.")
+    ranks("--num_gpus_per_model", type=int | None, default=None, help="Ranks per model. Default: see above, or all.")
+    ranks("--num_chunks", type=int | None, default=None, help="Parts of encoder and decoder: more parts, less memory.")
+    ranks("--timeout_seconds", type=float, default=600.0, help="After which a rank gives up waiting for another.")
+    return parser
+
+
+def main(arguments: list[str]) -> None:
+    """Runs in every rank; the first one starts the others, once all that can be known to fail has been tried."""
+    options = build_parser().parse_args(underscored(arguments))
+    config = _read_config(options.config)
+    _fill_from_config(options, config)
+    trained = read_trained(_checkpoint(options.ckpt_path, options.config, config))
+    dataset = open_dataset(options.dataset)
+    dates = initial_dates(dataset, options.start, options.end, options.every)
+    topology = Topology(options.devices * options.num_nodes, 0, _ranks_per_model(options, config, len(dates)))
+    folder = Path(options.output)
+    for date in dates:
+        sweep_published(path_of(folder, date))
+    begun = [size for date in dates if (size := begun_chunk_cells(path_of(folder, date))) is not None]
+    cells = forecast_partition(dataset, topology.model_size, None if options.overwrite else max(begun, default=None))
+    names = [name.strip() for name in options.variables.split(",")] if options.variables is not None else None
+    asked = (options.lead_time, folder, names, options.members, config)
+    tasks = [plan(trained, dataset, cells, date, *asked) for date in dates]
+    if options.netcdf:
+        refuse_own_names(tasks[0].about.variables)
+    missing = [task for task in tasks if options.overwrite or not task.is_complete]
+    _prepare(folder, missing, options.overwrite)
+
+    fabric = _launch(options, topology.world_size)
+    topology = Topology(topology.world_size, fabric.global_rank, topology.model_size)
+    group, whole = _groups(topology, timedelta(seconds=options.timeout_seconds))
+    place = Place(cells, topology.model_rank, group, fabric.device)
+    say = print if not options.json else _silent
+    with one_object(options.json and topology.rank == 0) as result:
+        forecasts: list[dict[str, Any]] = result.setdefault("forecasts", [])
+        for task in tasks if topology.rank == 0 else ():
+            if task not in missing:
+                forecasts.append({"path": str(task.path), "steps": 0, "kept": True})
+                say(f"kept {task.path}: it is complete", flush=True)
+        mine = missing[topology.data_rank :: topology.data_size]
+        if mine:
+            network = {"num_chunks": options.num_chunks} if options.num_chunks else {}
+            forecast = assemble(trained, dataset, place, **network)
+        command = shlex.join(["trainer", "predict", *arguments])
+        with _Bar(topology.rank == 0) as bar:
+            for task in mine:
+                report = bar.report(str(task.initial))
+                done = write(forecast, task, options.overwrite, options.ahead, not options.no_fsync, command, report)
+                if topology.model_rank == 0:
+                    forecasts.append(_result(done))
+                    say(_sentence(done), flush=True)
+        result["forecasts"] = _of_all_ranks(forecasts, whole)  # which waits for all of them
+        paths = [task.path for task in tasks]
+        if options.evaluate:
+            scores, text = _evaluate(options, config, paths, dataset, place, topology, whole)
+            result |= scores
+            if topology.rank == 0:
+                say(text, flush=True)
+        if options.netcdf and topology.rank == 0:  # no rank waits for it: there is nothing to do after it
+            files: list[str] = result.setdefault("netcdf", [])
+            for path in paths:
+                export(path, path.with_suffix(".nc"), options.overwrite)
+                files.append(str(path.with_suffix(".nc")))
+                say(f"wrote {path.with_suffix('.nc')}", flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------- the options
+def _read_config(path: str | None) -> dict[str, Any]:
+    import yaml
+
+    if path is None:
+        return {}
+    try:
+        found = yaml.safe_load(Path(path).read_text())
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise SelectionError(f"the configuration {path} cannot be read: {error}") from error
+    if not isinstance(found, dict):
+        raise SelectionError(f"{path} is no configuration of `trainer fit`: it holds {type(found).__name__}.")
+    plain: dict[str, Any] = json.loads(json.dumps(found, default=str))  # YAML has dates
+    _refuse_typos(path, plain)
+    return plain
+
+
+def _refuse_typos(path: str, config: dict[str, Any]) -> None:
+    """SelectionError where model, data or strategy set what is no option: nothing is ignored in silence."""
+    parser, classes = Parser(), {"model": ForecastModule, "data": ForecastDataModule, "strategy": DDPGroupStrategy}
+    for name, of in classes.items():
+        parser.add_class_arguments(of, name)
+    names = known(parser)
+    for wrong in unknown({name: config[name] for name in classes if name in config}, names):
+        raise SelectionError(f"{path} sets {wrong}, which is no option.{meant(wrong, names)}")
+
+
+def _checkpoint(given: str, path: str | None, config: dict[str, Any]) -> str:
+    """`last` and `best` are those of the run that the configuration describes."""
+    if given not in ("last", "best"):
+        return given
+    if path is None:
+        raise SelectionError(
+            f"--ckpt_path {given} is that of a run. Give its --config too, or the path of a .ckpt file."
+        )
+    found = Path(config.get("output") or RUN) / CHECKPOINTS / f"{given}.ckpt"
+    if not found.exists():
+        raise SelectionError(
+            f"there is no {found}, which --ckpt_path {given} means with {path}. Give the path of a .ckpt file."
+        )
+    return str(found)
+
+
+def _fill_from_config(options: Any, config: dict[str, Any]) -> None:
+    """What flags leave open comes from the configuration of the training, else from defaults."""
+    run = config.get("trainer") or {}
+    fallbacks = {
+        "dataset": (config.get("data") or {}).get("dataset"),
+        "accelerator": run.get("accelerator", "cpu"),
+        "devices": _count(run.get("devices", 1)),
+        "num_nodes": run.get("num_nodes", 1),
+    }
+    for name, value in fallbacks.items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    vars(options).update(started_by_others())
+    if options.dataset is None:
+        raise SelectionError("no dataset is named. Give --dataset PATH, or --config with data.dataset in it.")
+    if options.devices < 1 or options.num_nodes < 1:
+        raise SelectionError(f"{options.devices} ranks on {options.num_nodes} machines. Use 1 or more of both.")
+
+
+def _count(devices: Any) -> int:
+    """As Lightning takes them: a number, a list, or auto."""
+    if isinstance(devices, list):
+        return len(devices)
+    return int(devices) if str(devices).isdecimal() else max(torch.cuda.device_count(), 1)
+
+
+def _ranks_per_model(options: Any, config: dict[str, Any], dates: int) -> int:
+    """As in the training if that leaves no rank without a date; else all ranks together."""
+    world: int = options.devices * options.num_nodes
+    if options.num_gpus_per_model is not None:
+        return int(options.num_gpus_per_model)
+    trained = int((config.get("strategy") or {}).get("num_gpus_per_model", world))
+    return trained if world % trained == 0 and world // trained <= dates else world
+
+
+def _prepare(folder: Path, missing: list[Task], overwrite: bool) -> None:
+    """The folder is there, and in it nothing else under the names of the forecasts."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"the folder {folder} cannot be made: {error}. Choose another with --output.") from error
+    other = [task.path for task in missing if task.path.exists()]
+    if other and not overwrite:
+        raise OutputError(
+            f"{other[0]} is another forecast, of another checkpoint, lead time, dataset or other variables. Use "
+            "--overwrite to replace it, or choose another folder with --output."
+        )
+
+
+# ------------------------------------------------------------------------------------------------------------ the ranks
+def _launch(options: Any, world: int) -> Any:
+    """Start the other ranks, or find those that torchrun or SLURM started."""
+    from lightning.fabric import Fabric
+    from lightning.fabric.strategies import DDPStrategy
+
+    class Ranks(DDPStrategy):
+        def _configure_launcher(self) -> None:
+            assert self.cluster_environment is not None
+            self._launcher = RankLauncher(
+                self.cluster_environment, self.num_processes, self.num_nodes, command="predict"
+            )
+
+    fabric = Fabric(
+        accelerator=options.accelerator,
+        devices=options.devices,
+        num_nodes=options.num_nodes,
+        strategy=Ranks(timeout=timedelta(seconds=options.timeout_seconds)) if world > 1 else "auto",
+    )
+    fabric.launch()
+    return fabric
+
+
+def _groups(topology: Topology, timeout: timedelta) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
+    """The model group and all ranks, None for one; every rank makes all groups, in the same order."""
+    if topology.world_size == 1:
+        return None, None
+    size = topology.model_size
+    firsts = range(0, topology.world_size, size) if size > 1 else ()
+    groups = [dist.new_group(list(range(first, first + size)), timeout=timeout) for first in firsts]
+    return groups[topology.rank // size] if groups else None, dist.new_group(timeout=FOREVER)
+
+
+# ----------------------------------------------------------------------------------------------------------- the result
+def _evaluate(
+    options: Any,
+    config: dict[str, Any],
+    paths: list[Path],
+    dataset: Dataset,
+    place: Place,
+    topology: Topology,
+    whole: dist.ProcessGroup | None,
+) -> tuple[dict[str, Any], str]:
+    """Scores of all forecasts on all ranks, and a table of them; each model group reads those of its dates."""
+    from trainer.predict.evaluate import evaluate
+    from trainer.predict.pictures import draw_maps, draw_skill
+
+    data, folder, first = config.get("data") or {}, Path(options.output), topology.rank == 0
+    period = (data.get("train_start"), data.get("train_end")) if data.get("train_end") else None
+    mine = slice(topology.data_rank, None, topology.data_size)
+    scores = evaluate(paths, dataset, place.owned, whole, period, mine)
+    if first:
+        scores.write(folder / "scores.csv")
+        draw_skill(folder / "skill.png", scores)
+    if topology.data_rank == 0:
+        draw_maps(folder / "maps.png", paths[0], dataset, place.owned, place.group, shown=first)
+    files = [str(folder / name) for name in ("scores.csv", "skill.png", "maps.png")]
+    return {"scores": list(scores.rows()), "climatology": scores.climatology, "files": files}, str(scores)
+
+
+def _of_all_ranks(mine: list[dict[str, Any]], whole: dist.ProcessGroup | None) -> list[dict[str, Any]]:
+    """What the ranks made, by path."""
+    parts: list[Any] = [mine]
+    if whole is not None:
+        parts = [None] * dist.get_world_size(whole)
+        dist.all_gather_object(parts, mine, whole)
+    return sorted((one for part in parts for one in part), key=lambda one: str(one["path"]))
+
+
+def _result(done: Written) -> dict[str, Any]:
+    seconds, waited = round(done.seconds, 3), round(done.waited, 3)
+    return {"path": str(done.path), "steps": done.steps, "seconds": seconds, "waited": waited, "kept": False}
+
+
+def _sentence(done: Written) -> str:
+    share = done.waited / max(done.seconds, 1e-9)
+    times = "lead time" if done.steps == 1 else "lead times"
+    return f"wrote {done.path}: {done.steps} {times} in {done.seconds:.1f} s ({share:.0%} waiting for the disk)"
+
+
+def _silent(*_: Any, **__: Any) -> None:
+    """With --json all is said at the end, in one object."""
+
+
+class _Bar:
+    """Progress on stderr, by the first rank."""
+
+    def __init__(self, shown: bool) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        console = Console(file=sys.stderr)
+        self._progress = Progress(*columns, console=console, disable=not shown, redirect_stdout=False)
+
+    def __enter__(self) -> _Bar:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def report(self, name: str) -> Any:
+        """What `write` tells after every lead time."""
+        task = self._progress.add_task(name, total=None)
+        return lambda done, of: self._progress.update(task, completed=done, total=of)

@@ -1,0 +1,252 @@
+"""Bytes that one rank holds and sends in a training step: the step itself, taken on tensors that have no numbers.
+
+There is no second model of the memory that could drift from the first: forward, loss, backward, the sum of the
+gradients and the optimizer run as in training (fake_graph.py), and live_bytes.py watches.
+
+For GPUs the step runs as on a CPU, but for what is known to differ: attention by torch's operations, in blocks for
+GPUs; the optimizer on all weights at once; and, with autocast, LayerNorm in float32.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from shardio.errors import PlanError
+from trainer.fit.gradients import reduce_gradients
+from trainer.fit.optimizer import OptimizerOptions, build_optimizer
+from trainer.graph.edge_lists import Bucket
+from trainer.model import attention
+from trainer.model.forecaster import Forecaster, Roles
+from trainer.model.kernels import cpp as attention_kernel
+from trainer.model.loss import AreaLoss, LossOptions
+from trainer.model.model import ModelOptions
+from trainer.plan.counts import RankCounts
+from trainer.plan.fake_graph import Messages, Peers, fake_graph, pretended
+from trainer.plan.live_bytes import LiveBytes
+
+MOST_BLOCKS = 2  # of each table of edges: the others are alike, and only neighbours overlap
+PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {  # of weights; of autocast
+    "32-true": (torch.float32, None),
+    "64-true": (torch.float64, None),
+    "bf16-true": (torch.bfloat16, None),
+    "16-true": (torch.float16, None),
+    "bf16-mixed": (torch.float32, torch.bfloat16),
+    "16-mixed": (torch.float32, torch.float16),
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is trained.
+
+    Attributes:
+      roles: of the variables.
+      input_steps, rollout: dates given, and steps forecast in one training step.
+      batch, ensemble: samples, and their members.
+      network, loss, optimizer: as in training.
+      precision: of Lightning, such as bf16-mixed.
+      accelerator: cpu or cuda.
+    """
+
+    roles: Roles
+    input_steps: int = 1
+    rollout: int = 1
+    batch: int = 1
+    ensemble: int = 1
+    network: ModelOptions = ModelOptions()
+    loss: LossOptions = LossOptions()
+    optimizer: OptimizerOptions = OptimizerOptions()
+    precision: str = "32-true"
+    accelerator: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            known = ", ".join(PRECISIONS)
+            raise PlanError(f"precision {self.precision!r} is unknown. Use one of: {known}.")
+
+    @property
+    def weights_type(self) -> torch.dtype:
+        return PRECISIONS[self.precision][0]
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether attention runs by the compiled kernel of CPUs."""
+        return self.accelerator == "cpu" and attention_kernel.load()[0] is not None
+
+    def autocast(self) -> Any:
+        """As Lightning enters it for the forward pass."""
+        kind = PRECISIONS[self.precision][1]
+        return nullcontext() if kind is None else torch.autocast("cpu", dtype=kind)
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Of one rank in one step.
+
+    Attributes:
+      peak: bytes of all tensors at the worst moment.
+      at_peak: what they are for.
+      kept: likewise, between forward and backward.
+      sent, gathered: bytes to other ranks by part and direction, and what all-gathers would send.
+      collectives: how many.
+    """
+
+    peak: int
+    at_peak: Counter[str]
+    kept: Counter[str]
+    sent: Counter[str]
+    gathered: Counter[str]
+    collectives: int
+
+
+def footprint(job: Job, counts: RankCounts) -> Footprint:
+    """What a rank with so much of the graph holds and sends, from the second step on."""
+    messages, live = Messages(), LiveBytes()
+    with pretended(messages), _as_on(job), FakeTensorMode(allow_non_fake_inputs=True):
+        step = _Step(job, counts, live, messages)
+        with live:
+            step.begin()
+            live.forget_peak()
+            step.take()
+    return Footprint(live.peak, live.at_peak, step.kept, messages.sent, messages.gathered, messages.calls)
+
+
+class _Step:
+    def __init__(self, job: Job, counts: RankCounts, live: LiveBytes, messages: Messages) -> None:
+        self.job, self.live, self.messages, self.ranks = job, live, messages, counts.ranks
+        roles, dtype, network = job.roles, job.weights_type, job.network
+        graph = fake_graph(counts, network.num_chunks, network.shard_strategy, dtype, job.is_compiled)
+        some = np.ones(len(roles.variables))
+        statistics, outputs = {"mean": some, "stdev": some}, len(roles.outputs)
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            with torch.device("meta"):  # draws no weights
+                model = Forecaster(roles, statistics, np.ones(outputs), job.input_steps, network, graph)
+        finally:
+            torch.set_default_dtype(before)
+        self.model = _without_numbers(model)
+        areas, weights = torch.empty(counts.owned_cells, dtype=dtype), torch.empty(outputs, dtype=dtype)
+        group: Any = Peers("loss", counts.rank, counts.ranks) if counts.ranks > 1 else None
+        self.group: Any = Peers("gradients", counts.rank, counts.ranks)
+        self.loss = AreaLoss(areas, weights, job.loss, group)
+        self.optimizer = build_optimizer(self.model.parameters(), job.optimizer, 1, 1)["optimizer"]
+        dates = job.input_steps + job.rollout
+        shape = (job.batch, dates, len(roles.variables), job.ensemble, counts.owned_cells)
+        self.fields = torch.empty(shape).permute(0, 1, 3, 4, 2)  # in the order in which the loader hands them out
+        self.kept: Counter[str] = Counter()
+        live.hold("graph", graph, areas)
+        live.hold("weights", self.model, self.loss.weights)
+        live.hold("batch", self.fields)
+        for part, method in (("encoder", "_encode"), ("processor", "_process"), ("decoder", "_decode")):
+            setattr(self.model.network, method, _labelled(live, part, getattr(self.model.network, method)))
+        for parameter in self.model.parameters():
+            parameter.register_post_accumulate_grad_hook(lambda weight: live.hold("gradients", weight.grad))
+        if job.accelerator != "cpu":
+            _as_gpus_do(self.model, self.optimizer, PRECISIONS[job.precision][1] is not None)
+
+    def begin(self) -> None:
+        """Leave what a step leaves: gradients, and the state of the optimizer."""
+        with self.live.labelled("gradients"):
+            for parameter in self.model.parameters():
+                parameter.grad = torch.empty_like(parameter)
+        with self.live.labelled("optimizer"):
+            self.optimizer.step()
+
+    def take(self) -> None:
+        """In Lightning's order: old gradients go after the forward pass."""
+        with self.live.labelled("inputs"), self.job.autocast():
+            loss = self._forward()
+        self.kept = self.live.now.copy()
+        self.optimizer.zero_grad()
+        self.messages.backward = True
+        with self.live.labelled("backward"):
+            loss.backward()
+        self.messages.backward = False
+        with self.live.labelled("gradients"):
+            if self.ranks > 1:
+                reduce_gradients(self.model.parameters(), 1, self.group)
+        with self.live.labelled("optimizer"):
+            self.optimizer.step()
+
+    def _forward(self) -> Tensor:
+        pairs = self.model.rollout(self.model.normalise(self.fields), self.job.rollout)
+        losses = []
+        for pair in pairs:
+            with self.live.labelled("loss"):
+                losses.append(self.loss(*pair))
+        return torch.stack([one.value for one in losses]).mean()
+
+
+def _labelled(live: LiveBytes, label: str, function: Any) -> Any:
+    def call(*inputs: Any) -> Any:
+        with live.labelled(label):
+            return function(*inputs)
+
+    return call
+
+
+def _without_numbers(model: Forecaster) -> Forecaster:
+    """With fake weights in the place of those of the meta device."""
+    for module in model.modules():
+        for name, weight in module._parameters.items():
+            if weight is not None:
+                module._parameters[name] = nn.Parameter(torch.empty(weight.shape, dtype=weight.dtype, device="cpu"))
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu")
+    return model
+
+
+# --------------------------------------------------------------------------------------- what differs between devices
+@contextmanager
+def _as_on(job: Job) -> Iterator[None]:
+    """Blocks of attention as large as there, but only the first of each table."""
+    with ExitStack() as stack:
+        if job.accelerator != "cpu":
+            stack.enter_context(patch.dict(attention.BLOCK, {"cpu": attention.BLOCK_ELSEWHERE}))
+        stack.enter_context(patch.object(attention, "_blocks", _few_blocks(attention._blocks)))
+        stack.enter_context(patch.object(attention, "_backward", _backward_of_few(attention._backward)))
+        yield
+
+
+def _few_blocks(every: Any) -> Any:
+    def blocks(buckets: Any, rows: Tensor) -> Iterator[Bucket]:
+        for bucket in buckets:
+            yield from islice(every((bucket,), rows), MOST_BLOCKS)
+
+    return blocks
+
+
+def _backward_of_few(function: Any) -> Any:
+    """What backward keeps of the blocks that are left out: a weight and a slope for each place, in two copies."""
+
+    def backward(query: Tensor, *more: Any) -> Any:
+        offset, lists = more[4], more[7]
+        places = sum(bucket.ends.numel() for bucket in lists.incoming)
+        taken = sum(block.ends.numel() for block in attention._blocks(lists.incoming, query))
+        held = offset.new_empty(4, offset.shape[0], places - taken, offset.shape[2])
+        gradients = function(query, *more)
+        del held
+        return gradients
+
+    return backward
+
+
+def _as_gpus_do(model: nn.Module, optimizer: torch.optim.Optimizer, autocast: bool) -> None:
+    for group in optimizer.param_groups:
+        group["foreach"] = True
+    for module in model.modules():
+        if autocast and isinstance(module, nn.LayerNorm):
+            module.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
