@@ -117,7 +117,8 @@ def repair(path: str, source: str, faults: list[Fault]) -> int:
     bad: dict[int, set[int]] = {}
     index = {str(date): i for i, date in enumerate(stored.source.dates)}
     for fault in faults:
-        bad.setdefault(index[str(fault.date)], set()).add(fault.grid_chunk or 0)
+        every = range(stored.grid_chunks)  # a fault of a date that names no grid-chunk may be in any of them
+        bad.setdefault(index[str(fault.date)], set()).update(every if fault.grid_chunk is None else [fault.grid_chunk])
     with ThreadPoolExecutor(thread_name_prefix="repair") as pool:
         writer = ChunkWriter(stored.store.root / "data", stored.layout, threads=2, sync=True, with_moments=False)
         for date, chunks in bad.items():
@@ -179,9 +180,7 @@ def _unexpected_bytes(stored: Stored, date: int) -> str:
     if not stored.layout.zarr_shards:
         return ""
     try:
-        lengths = [
-            len(c) for i in range(stored.grid_chunks) if (c := stored.reader.stored((date, 0, 0, i))) is not None
-        ]
+        lengths = [stored.reader.stored_bytes((date, 0, 0, chunk)) for chunk in range(stored.grid_chunks)]
         size = (stored.store.root / "data" / stored.layout.file_of((date, 0, 0, 0))[0]).stat().st_size
     except (ChunkError, OSError):
         return ""  # said by the chunk itself

@@ -6,11 +6,11 @@ decode in place), TensorstoreReader (remote stores and other codecs), ZarrReader
 
 from __future__ import annotations
 
-import itertools
 import os
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,13 +18,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardio.errors import REMEDY, ChunkError
+from shardio.format.boxes import Box, chunks_of, outer_index, overlap
 from shardio.format.codec import crc32c
 from shardio.format.layout import ArrayLayout
 from shardio.format.store import SECONDS_TO_ANSWER, LocalStore, Store, kvstore_spec, remote_context
 from shardio.format.stream import HEADER, BloscRows, streams
+from shardio.format.threads import for_each
 
 # Along each axis a range, or a list of indices in any order; lists along several axes mean their outer product.
-Box = tuple[slice | tuple[int, ...], ...]
 NO_CHUNK = 2**64 - 1
 MOST_INDEXES = 4096  # of Zarr shards, kept in memory
 
@@ -36,40 +37,6 @@ class Reader(Protocol):
 
     def read(self, box: Box, out: NDArray[Any], pool: Executor | None = None) -> None:
         """Fill `out` with the values of `box`, cast to the dtype of `out`."""
-
-
-def chunks_of(box: Box, chunks: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
-    """Indices of the chunks that a box touches, in storage order."""
-    return itertools.product(*(_touched(cut, n) for cut, n in zip(box, chunks, strict=True)))
-
-
-def _touched(cut: slice | tuple[int, ...], n: int) -> Iterable[int]:
-    if isinstance(cut, slice):
-        return range(cut.start // n, -(-cut.stop // n))
-    return sorted({index // n for index in cut})
-
-
-def as_cut(indices: tuple[int, ...]) -> slice | tuple[int, ...]:
-    """The same indices as a slice where they are consecutive: that decodes in place."""
-    first, n = indices[0], len(indices)
-    return slice(first, first + n) if indices == tuple(range(first, first + n)) else indices
-
-
-def overlap(cut: slice | tuple[int, ...], i: int, n: int) -> tuple[slice | list[int], slice | list[int]]:
-    """Where chunk `i` of extent `n` meets `cut`: (index into the box, index into the chunk)."""
-    if isinstance(cut, slice):
-        start, stop = max(cut.start, i * n), min(cut.stop, (i + 1) * n)
-        return slice(start - cut.start, stop - cut.start), slice(start - i * n, stop - i * n)
-    places = [place for place, index in enumerate(cut) if index // n == i]
-    return places, [cut[place] - i * n for place in places]
-
-
-def outer_index(cuts: Sequence[slice | list[int]], shape: tuple[int, ...]) -> tuple[Any, ...]:
-    """An index that NumPy takes as the outer product of `cuts`; slices stay slices where they can."""
-    if sum(isinstance(cut, list) for cut in cuts) < 2:
-        return tuple(cuts)
-    listed = [range(*cut.indices(n)) if isinstance(cut, slice) else cut for cut, n in zip(cuts, shape, strict=True)]
-    return np.ix_(*listed)
 
 
 class Scratch(threading.local):
@@ -95,29 +62,39 @@ class NativeReader:
 
     def read(self, box: Box, out: NDArray[Any], pool: Executor | None = None) -> None:
         touched = chunks_of(box, self.layout.chunks)
-        run = pool.map if pool else map
-        for _ in run(lambda chunk: self._read_chunk(chunk, box, out), touched):
-            pass
+        for_each(lambda chunk: self._read_chunk(chunk, box, out), touched, pool)
 
     def stored(self, chunk: tuple[int, ...], most: int | None = None) -> NDArray[np.uint8] | None:
         """Stored bytes of a chunk, in a buffer of this thread that its next read overwrites; None where absent.
 
         `most`: as many bytes at most, from its begin.
         """
+        with self._opened(chunk) as found:
+            if found is None:
+                return None
+            descriptor, offset, nbytes, name = found
+            if most is None:
+                return self._pread(descriptor, offset, nbytes, name, "stored")
+            return self._pread(descriptor, offset, min(most, nbytes), name, "begin")
+
+    def stored_bytes(self, chunk: tuple[int, ...]) -> int:
+        """How many bytes of a chunk are stored, without reading them; 0 where absent."""
+        with self._opened(chunk) as found:
+            return 0 if found is None else found[2]
+
+    @contextmanager
+    def _opened(self, chunk: tuple[int, ...]) -> Iterator[tuple[int, int, int, str] | None]:
+        """Descriptor of the file of a chunk, offset and bytes of the chunk in it, and its name; None where absent."""
         name, place = self.layout.file_of(chunk)
         try:
             descriptor = os.open(self.folder / name, os.O_RDONLY)
         except FileNotFoundError:
-            return None
+            yield None
+            return
         try:
             status = os.fstat(descriptor)
             where = (0, status.st_size) if place is None else self._locate(descriptor, status, place, name)
-            if where is None:
-                return None
-            offset, nbytes = where
-            if most is None:
-                return self._pread(descriptor, offset, nbytes, name, "stored")
-            return self._pread(descriptor, offset, min(most, nbytes), name, "begin")
+            yield None if where is None else (descriptor, *where, name)
         finally:
             os.close(descriptor)
 

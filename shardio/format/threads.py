@@ -6,8 +6,8 @@ import atexit
 import os
 import threading
 import weakref
-from collections.abc import Callable
-from concurrent.futures import Executor, Future
+from collections.abc import Callable, Iterable
+from concurrent.futures import FIRST_EXCEPTION, Executor, Future, wait
 from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import Any, ParamSpec, TypeVar
@@ -24,6 +24,28 @@ Work = SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]
 def cores() -> int:
     """That this process may use: a batch system often gives a job a few of a machine's."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def for_each(function: Callable[[T], object], items: Iterable[T], pool: Executor | None) -> None:
+    """Call `function` of every item, on the threads of `pool` where there is one.
+
+    When it returns or raises, no call is still running: none writes into a buffer that its owner uses again.
+    Raises: what the first call that failed raised; calls that had not begun then are left out.
+    """
+    if pool is None:
+        for item in items:
+            function(item)
+        return
+    futures = [pool.submit(function, item) for item in items]
+    try:
+        wait(futures, return_when=FIRST_EXCEPTION)
+    finally:
+        for future in futures:
+            future.cancel()
+        wait(futures)
+    for future in futures:
+        if not future.cancelled():
+            future.result()
 
 
 class Threads(Executor):

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from shardio.dates import Dates, between, format_step, frequency_seconds, parse_step, spellings
 from shardio.errors import DatasetError, SelectionError
+from shardio.format.boxes import as_cut
 from shardio.format.metadata import array_metadata
-from shardio.format.reader import as_cut
 from shardio.format.store import REMOTE, open_store
 from shardio.load.indexing import expand, outer
 from shardio.load.join import Part, join, narrow

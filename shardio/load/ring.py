@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from shardio.errors import ChunkError
-from shardio.format.reader import NativeReader, as_cut
+from shardio.format.boxes import as_cut
+from shardio.format.reader import NativeReader
 from shardio.load.dataset import Dataset
 from shardio.load.join import Part
 from shardio.load.reading import Reading, within

@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 from shardio.dates import Dates, between, check_increasing
 from shardio.errors import DatasetError
 from shardio.format.arrays import consolidated_names, small_array, stored_values
+from shardio.format.boxes import as_cut
 from shardio.format.codec import Codec
 from shardio.format.layout import ArrayLayout, parse
 from shardio.format.metadata import array_metadata, group_attributes
-from shardio.format.reader import NativeReader, Reader, as_cut, open_reader
+from shardio.format.reader import NativeReader, Reader, open_reader
 from shardio.format.store import LocalStore, Store
 from shardio.format.stream import BloscRows
 from shardio.source.extent import SourceExtent

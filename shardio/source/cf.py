@@ -24,8 +24,10 @@ from numpy.typing import NDArray
 
 from shardio.dates import Dates, between
 from shardio.errors import ChunkError
-from shardio.format.reader import as_cut, cast
+from shardio.format.boxes import as_cut
+from shardio.format.reader import cast
 from shardio.format.store import LocalStore
+from shardio.format.threads import for_each
 from shardio.source.cf_fields import choose, join, open_files, positions
 from shardio.source.cf_roles import Grid, Part
 from shardio.source.extent import SourceExtent
@@ -103,9 +105,7 @@ class CFSource:
 
     def read(self, dates: slice, cells: slice, out: NDArray[np.float32], pool: Executor | None = None) -> None:
         boxes = self._boxes(dates, cells)
-        run = pool.map if pool and self._parallel else map
-        for _ in run(lambda box: self._read_box(box, cells, out), boxes):
-            pass
+        for_each(lambda box: self._read_box(box, cells, out), boxes, pool if self._parallel else None)
 
     def _boxes(self, dates: slice, cells: slice) -> Iterator[Box]:
         """What to load, cut along stored chunks, so that each thread holds one load at a time."""

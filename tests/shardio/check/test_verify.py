@@ -9,6 +9,7 @@ import zarr
 
 from shardio.check.verify import check, compare, repair
 from shardio.errors import DatasetError, OutputError
+from shardio.format.reader import NativeReader
 from shardio.source.source import Selection
 
 DATES, CHUNKS = 9, 5
@@ -198,3 +199,26 @@ def test_a_dataset_without_checksums_is_refused(source, cli, tmp_path):
     assert "shardio did not make it" in cli("verify", source).stderr
     assert cli("verify", tmp_path / "nope.zarr").exit_code == 1
     assert cli("verify", source, "--repair").exit_code == 2
+
+
+def test_what_a_comparison_found_is_repaired_wherever_in_the_date_it_is(made, source, tree):
+    whole = tree(made)
+    file = chunk_files(made)[-1]
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2])  # in v2 that of the last grid-chunk
+    found = compare(str(made), str(source))
+    assert {fault.grid_chunk for fault in found} == {None}
+    assert repair(str(made), str(source), found) == 1
+    assert tree(made) == whole
+    assert compare(str(made), str(source)) == []
+
+
+def test_a_check_reads_what_is_stored_once(made, monkeypatch):
+    read = []
+    monkeypatch.setattr(
+        NativeReader,
+        "_pread",
+        lambda self, *where, do=NativeReader._pread: read.append(where[2]) or do(self, *where),
+    )
+    assert check(str(made)) == []
+    assert sum(read) <= sum(file.stat().st_size for file in chunk_files(made))

@@ -8,9 +8,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from shardio.errors import ChunkError
+from shardio.format.boxes import chunks_of
 from shardio.format.layout import parse
 from shardio.format.metadata import array_metadata
-from shardio.format.reader import NativeReader, TensorstoreReader, ZarrReader, chunks_of
+from shardio.format.reader import NativeReader, TensorstoreReader, ZarrReader
 from shardio.format.store import LocalStore
 
 SHAPE = (5, 4, 2, 23)
