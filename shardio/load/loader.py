@@ -42,7 +42,7 @@ class ShardedDataLoader:
       keep_batch_sharded: False gives every rank the whole field, the classical mode.
       group: process group of the model group. With it each chunk is read by one rank only, and ranks exchange cells
         where those read are not those owned; without it every rank reads all that it needs.
-      device: where exchanged fields go. Default: the CPU.
+      device: where fields go. Default: the CPU. Where it is a GPU, chunks are read into pinned memory.
       threads: that read and decode. Default: the cores of this rank; 16 for remote stores.
       verify: compare each chunk with its recorded crc32c (Zarr v3 chunks are always checked).
     """
@@ -85,7 +85,7 @@ class ShardedDataLoader:
         self._pool = Threads(threads or _threads(dataset), "shardio-read")
         self._memory = Recycler()
         spare = (prefetch + 2) * batch_size * self.steps
-        self._ring = Ring(dataset, self.reading, self._pool, verify, torch.cuda.is_available(), spare)
+        self._ring = Ring(dataset, self.reading, self._pool, verify, _is_cuda(self.device), spare)
 
     def __len__(self) -> int:
         """Batches of a whole epoch."""
@@ -140,6 +140,11 @@ class ShardedDataLoader:
     def _begin(self, samples: list[Sample], steps: int) -> ShardedBatch:
         leases = [self._ring.lease(sample.start + step) for sample in samples for step in range(steps)]
         return ShardedBatch(leases, samples, steps, self.dataset, self.reading, self._memory)
+
+
+def _is_cuda(device: torch.device | None) -> bool:
+    """Pinned memory opens a context on a GPU: a rank that computes on its CPU is not to have one on somebody's GPU."""
+    return device is not None and device.type == "cuda"
 
 
 def _threads(dataset: Dataset) -> int:
