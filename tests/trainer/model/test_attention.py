@@ -324,7 +324,7 @@ def test_a_compiler_that_fails_is_quoted_and_leaves_nothing_behind(
     assert library is None
     assert "failed: " in why
     assert "no such luck" in why
-    assert list((fresh / "shardio").iterdir()) == []
+    assert list((fresh / "shardio" / "kernels").iterdir()) == []
 
 
 def test_a_cache_that_cannot_be_written_is_no_reason_to_fail(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -352,6 +352,30 @@ def test_a_compiler_that_does_not_know_this_processor_is_not_asked_for_it(
     write_source(fresh, monkeypatch, SMALL)
     monkeypatch.setattr(attention_kernel, "NATIVE", "-march=abacus")
     assert attention_kernel.load()[0] is not None
+
+
+def test_a_cache_that_others_may_write_to_is_not_run_from(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_source(fresh, monkeypatch, SMALL)
+    assert attention_kernel.load()[0] is not None
+    folder = fresh / "shardio" / "kernels"
+    assert folder.stat().st_mode & 0o777 == 0o700
+    folder.chmod(0o770)
+    attention_kernel.load.cache_clear()
+    library, why = attention_kernel.load()
+    assert library is None
+    assert f"others may write to {folder}" in why
+    assert "mode 0700, or set XDG_CACHE_HOME" in why
+
+
+def test_a_user_without_a_home_trains_without_the_kernel(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", no_home)
+    library, why = attention_kernel.load()
+    assert library is None
+    assert "set XDG_CACHE_HOME" in why
 
 
 def test_importing_compiles_nothing() -> None:

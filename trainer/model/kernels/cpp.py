@@ -12,6 +12,7 @@ import logging
 import os
 import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
 from dataclasses import dataclass
@@ -74,15 +75,31 @@ def _library() -> Path:
         raise FileNotFoundError(f"there is no C++ compiler {compiler[0]!r}; install one, or name it in CXX")
     flags, about = _target(compiler)
     digest = hashlib.sha256("\0".join([*compiler, *flags, about]).encode() + SOURCE.read_bytes())
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    library = Path(home) / "shardio" / f"attention-{digest.hexdigest()[:32]}.so"
+    folder = _cache_folder()
+    library = folder / f"attention-{digest.hexdigest()[:32]}.so"
     if not library.exists():
-        library.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=library.parent, prefix=".attention-") as folder:
-            partial = Path(folder) / "attention.so"
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".attention-") as making:
+            partial = Path(making) / "attention.so"
             _run([*compiler, *flags, str(SOURCE), "-o", str(partial)])
             partial.replace(library)
     return library
+
+
+def _cache_folder() -> Path:
+    """Where compiled kernels are kept; what lies there runs in every training, so that nobody else may write to it."""
+    try:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError as error:  # a user id without a home, as in containers
+        raise FileNotFoundError(f"{error}; set XDG_CACHE_HOME to a folder for the compiled kernel") from error
+    folder = home / "shardio" / "kernels"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = folder.stat()
+    if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise PermissionError(
+            f"others may write to {folder} (owner {status.st_uid}, mode {stat.filemode(status.st_mode)}), and code "
+            "from there would run here; make it your own with mode 0700, or set XDG_CACHE_HOME"
+        )
+    return folder
 
 
 def _target(compiler: list[str]) -> tuple[list[str], str]:
