@@ -24,17 +24,17 @@ def reduce_gradients(
     """Replace each rank's gradients by the sum over the model group and the mean over the data group.
 
     All ranks of `group` call it together, with the same parameters in the same order. A parameter without a gradient
-    on this rank counts as zero. Buckets depend on the parameters alone: the order of sums is the same in every step.
+    on this rank counts as zero, as on one rank after `fill_gradients`. Buckets depend on the parameters alone: the
+    order of sums is the same in every step.
 
     Args:
       parameters: of the model; those that are frozen are skipped.
       data_size: D.
       group: model groups x data groups; None for the world.
     """
-    for bucket in _buckets([parameter for parameter in parameters if parameter.requires_grad]):
-        for parameter in bucket:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    fill_gradients(trained)
+    for bucket in _buckets(trained):
         gradients = [parameter.grad for parameter in bucket if parameter.grad is not None]
         flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
         dist.all_reduce(flat, group=group)
@@ -42,6 +42,17 @@ def reduce_gradients(
         sizes = [gradient.numel() for gradient in gradients]
         for gradient, part in zip(gradients, flat.split(sizes), strict=True):
             gradient.copy_(part.view_as(gradient))
+
+
+def fill_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Zero where a parameter has no gradient: optimizers that decay weights treat zero and none differently.
+
+    On several ranks none of them knows without a message whether another has a gradient; so that one rank trains as
+    many do, it takes zeros too.
+    """
+    for parameter in parameters:
+        if parameter.requires_grad and parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
 
 
 def _buckets(parameters: list[torch.nn.Parameter]) -> list[list[torch.nn.Parameter]]:

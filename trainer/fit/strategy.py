@@ -22,7 +22,7 @@ from torch import Tensor
 from shardio import Topology
 from shardio.errors import TopologyError
 from trainer.fit.checkpoint import AtomicCheckpointIO
-from trainer.fit.gradients import broadcast_parameters, reduce_gradients
+from trainer.fit.gradients import broadcast_parameters, fill_gradients, reduce_gradients
 from trainer.ranks.launcher import RankLauncher
 
 
@@ -95,9 +95,13 @@ class DDPGroupStrategy(DDPStrategy):
 
     def post_backward(self, closure_loss: Tensor) -> None:
         """Gradients of the whole, on all ranks."""
-        if self._sync and self.topology.world_size > 1:
-            assert self.lightning_module is not None
+        if not self._sync:
+            return
+        assert self.lightning_module is not None
+        if self.topology.world_size > 1:
             reduce_gradients(self.lightning_module.parameters(), self.topology.data_size)
+        else:
+            fill_gradients(self.lightning_module.parameters())
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:

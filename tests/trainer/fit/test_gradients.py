@@ -9,7 +9,7 @@ import torch
 from ranks import group_of
 
 from trainer.fit import gradients
-from trainer.fit.gradients import broadcast_parameters, reduce_gradients
+from trainer.fit.gradients import broadcast_parameters, fill_gradients, reduce_gradients
 
 SHAPES = [(3, 2), (), (5,), (0, 4), (7, 1)]
 
@@ -82,3 +82,33 @@ def test_all_ranks_get_the_numbers_of_the_first(run: Callable[..., list[Any]]) -
 
 def test_two_models_side_by_side_do_not_mix_where_the_group_is_one_model(run: Callable[..., list[Any]]) -> None:
     assert run(in_pairs, [{}] * 4) == [[11.0], [11.0], [1100.0], [1100.0]]
+
+
+OPTIMIZERS: list[Callable[..., torch.optim.Optimizer]] = [
+    lambda some: torch.optim.AdamW(some, lr=0.1, weight_decay=0.5),
+    lambda some: torch.optim.SGD(some, lr=0.1, momentum=0.9, weight_decay=0.5),
+]
+
+
+def trained(rank: int, group: Any, optimizer: int) -> list[float]:
+    """A weight with gradients, and one that has none on any rank, after three steps."""
+    used, unused = (torch.nn.Parameter(torch.ones(1, dtype=torch.float64)) for _ in range(2))
+    stepping = OPTIMIZERS[optimizer]([used, unused])
+    for step in range(3):
+        stepping.zero_grad()
+        used.grad = torch.full_like(used, 1.0 + step)
+        if group is None:
+            fill_gradients([used, unused])
+        else:
+            reduce_gradients([used, unused], 2, group)
+        stepping.step()
+    return [used.item(), unused.item()]
+
+
+@pytest.mark.parametrize("optimizer", range(len(OPTIMIZERS)))
+def test_a_weight_without_gradient_is_trained_alike_on_any_number_of_ranks(
+    run: Callable[..., list[Any]], optimizer: int
+) -> None:
+    alone = trained(0, None, optimizer)
+    assert run(trained, [{"optimizer": optimizer}] * 2) == [alone, alone]
+    assert alone[1] != 1.0  # it decays

@@ -63,3 +63,11 @@ def test_a_timeout_of_nothing_is_refused():
 )
 def test_the_echo_of_a_lost_rank_is_told_from_an_error_of_this_one(error, lost):
     assert lost_a_rank(error) is lost
+
+
+def test_one_rank_takes_zeros_for_a_weight_without_gradient_as_many_ranks_do():
+    strategy = DDPGroupStrategy()
+    strategy.parallel_devices = [torch.device("cpu")]
+    strategy._lightning_module = torch.nn.Linear(2, 1)
+    strategy.post_backward(torch.zeros(()))
+    assert all(torch.equal(weight.grad, torch.zeros_like(weight)) for weight in strategy._lightning_module.parameters())
