@@ -8,6 +8,7 @@ Backward sends no message: each rank's gradient is that of its own cells (gradie
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -125,7 +126,8 @@ def variable_weights(variables: Sequence[str], options: LossOptions, tendencies:
       variables: that the model forecasts.
       options: which weights.
       tendencies: variable: standard deviation of its change over one step, in standard deviations of the variable.
-    Raises: SelectionError if a weight is given for a variable that the model does not forecast.
+    Raises: SelectionError if a weight is given for a variable that the model does not forecast, if one is negative or
+      not finite, or if all are 0.
     """
     unknown = sorted(set(options.variable_weights) - set(variables))
     if unknown:
@@ -142,4 +144,10 @@ def variable_weights(variables: Sequence[str], options: LossOptions, tendencies:
         if options.tendency_scaling:
             weight /= tendencies[name] ** power
         weights.append(weight)
+    if not (min(weights) >= 0.0 and 0.0 < sum(weights) < math.inf):
+        told = ", ".join(f"{name} {weight:g}" for name, weight in zip(variables, weights, strict=True))
+        raise SelectionError(
+            f"the loss cannot weigh its variables by {told}. Let no weight of variable_weights be negative, and one at "
+            "least be more than 0."
+        )
     return weights

@@ -112,3 +112,9 @@ def test_what_cannot_be_weighed_is_refused_with_a_remedy() -> None:
         LossOptions("rmse")
     with pytest.raises(PlanError, match=r"huber_delta is 0.0. Use more than 0"):
         LossOptions(huber_delta=0.0)
+
+
+@pytest.mark.parametrize("given", [{"a": 0.0, "b": 0.0}, {"a": -1.0}, {"a": float("nan")}, {"b": float("inf")}])
+def test_weights_that_weigh_nothing_are_refused(given: dict[str, float]) -> None:
+    with pytest.raises(SelectionError, match=r"cannot weigh its variables by a .*one at least be more than 0"):
+        variable_weights(["a", "b"], LossOptions(variable_weights=given), {})
