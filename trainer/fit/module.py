@@ -245,7 +245,7 @@ class ForecastModule(LightningModule):
         """Refuse weights of other variables; go on with the same random numbers, and at the same place in the data."""
         if "shardio" not in checkpoint:
             raise DatasetError("this checkpoint was not written by `trainer fit`. Give the path of one that was.")
-        kept, now = checkpoint["shardio"], self._about()
+        kept, now = _with_new_options(checkpoint["shardio"]), self._about()
         changed = [
             name
             for name in ("variables", "forcings", "diagnostics", "input_steps", "step_seconds", "graph", "grid")
@@ -277,3 +277,10 @@ class ForecastModule(LightningModule):
         current = progress["current"]
         behind = current["ready"] - current["completed"]
         current.update(ready=done, started=done, processed=done, completed=done - behind)
+
+
+def _with_new_options(about: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint says, with the defaults of options that did not exist when it was written."""
+    if "graph" not in about:
+        return about
+    return {**about, "graph": {**asdict(GraphOptions()), **about["graph"]}}

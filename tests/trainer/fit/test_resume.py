@@ -157,6 +157,18 @@ def test_epochs_of_few_batches_are_resumed_exactly(tmp_path):
     assert len(trace(resumed.output)) == 15
 
 
+def test_a_checkpoint_older_than_an_option_goes_on_with_its_default(tmp_path):
+    fit(tmp_path, *tiny("--trainer.max_steps=1"))
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    kept = torch.load(last, weights_only=True)
+    del kept["shardio"]["graph"]["neighbours"]  # as if it had not existed
+    torch.save(kept, last)
+    fit(tmp_path, *tiny("--trainer.max_steps=2", "--ckpt_path=last"))
+    refused = Run(tmp_path, "fit", *tiny("--trainer.max_steps=3", "--ckpt_path=last", "--model.graph.neighbours=7"))
+    assert refused.wait() == [1]
+    assert refused.errors.startswith("Error: the checkpoint was trained with graph")
+
+
 @pytest.mark.parametrize(
     ("change", "name"),
     [
