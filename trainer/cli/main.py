@@ -67,6 +67,7 @@ Ranks: --trainer.devices x --trainer.num_nodes of them, or as many as torchrun o
 --strategy.num_gpus_per_model together hold one model; the others train it on other dates."""
 
 LIGHTNING = ("fit", "validate")
+SEEDS = 2**32  # there are so many
 OTHER_COMMANDS = ("predict", "export", "plan")  # they take no Lightning; each is imported when it is called
 
 VALIDATE = """Forecast the validation dates, and compare with persistence, the forecast that nothing changes.
@@ -138,7 +139,16 @@ class TrainerCLI(LightningCLI):
             }
         )
 
+    def _set_seed(self) -> None:
+        """Lightning would draw another seed in the place of one that is out of range, and go on."""
+        seed = self.option("seed_everything")
+        if not isinstance(seed, bool) and not 0 <= seed < SEEDS:
+            raise PlanError(f"seed_everything is {seed}. Use 0 to {SEEDS - 1}.")
+        super()._set_seed()
+
     def before_instantiate_classes(self) -> None:
+        if self.option("data.seed") is None:  # one seed for weights and the order of samples
+            self.config[self.subcommand].data.seed = int(self.option("seed_everything"))
         if self.subcommand == "validate":
             self.save_config_callback = None
             return
@@ -155,7 +165,7 @@ class TrainerCLI(LightningCLI):
             raise PlanError("trainer.strategy is always DDPGroupStrategy. Set --strategy.num_gpus_per_model instead.")
         settings: dict[str, Any] = {"strategy": self._get(self.config_init, "strategy"), **started_by_others()}
         if self.subcommand == "fit":
-            settings |= {"logger": self._loggers(), "callbacks": self._callbacks()}
+            settings |= {"logger": [*self._loggers(), *self._asked_loggers()], "callbacks": self._callbacks()}
         else:
             settings |= {"logger": False, "enable_checkpointing": False}
         trainer: Trainer = super().instantiate_trainer(**settings)
@@ -171,6 +181,13 @@ class TrainerCLI(LightningCLI):
                 )
             loggers.append(TensorBoardLogger(self.option("output"), name="tensorboard"))
         return loggers
+
+    def _asked_loggers(self) -> list[Any]:
+        """Those of trainer.logger, beside our own, from which curves.png is drawn."""
+        asked = self._get(self.config_init, "trainer.logger")
+        if asked is None or isinstance(asked, bool):
+            return []
+        return list(asked) if isinstance(asked, list | tuple) else [asked]
 
     def _callbacks(self) -> list[Any]:
         callbacks = [*(self._get(self.config_init, "trainer.callbacks") or []), LossCurve(self.option("output"))]

@@ -72,7 +72,8 @@ class ForecastDataModule(LightningDataModule):
       select, drop: variables to keep, or to leave out.
       batch_size: samples per model group and step.
       input_steps: dates that the model is given.
-      seed: of the order of samples; it depends on nothing else, least of all on the number of ranks.
+      seed: of the order of samples; it depends on nothing else, least of all on the number of ranks. Default: that
+        of --seed_everything; 0 without the command.
       keep_batch_sharded: every rank loads only its own cells; false loads all cells on every rank.
       prefetch: batches read ahead.
       threads: that read and decode, per rank. Default: the cores of the rank.
@@ -91,14 +92,14 @@ class ForecastDataModule(LightningDataModule):
         drop: list[str] | None = None,
         batch_size: int = 1,
         input_steps: int = 1,
-        seed: int = 0,
+        seed: int | None = None,
         keep_batch_sharded: bool = True,
         prefetch: int = 3,
         threads: int | None = None,
         verify: bool = False,
     ):
         super().__init__()
-        self.path, self.batch_size, self.input_steps, self.seed = dataset, batch_size, input_steps, seed
+        self.path, self.batch_size, self.input_steps, self.seed = dataset, batch_size, input_steps, seed or 0
         self.keep_batch_sharded = keep_batch_sharded
         self._read: dict[str, Any] = {"prefetch": prefetch, "threads": threads, "verify": verify}
         self._chosen: dict[str, Any] = {"frequency": frequency, "select": select, "drop": drop}

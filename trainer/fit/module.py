@@ -118,7 +118,9 @@ class ForecastModule(LightningModule):
         """Build this rank's part of the graph, and the model on it: now the ranks know one another."""
         if self.forecaster is not None:
             return
-        with self.trainer.precision_plugin.module_init_context():  # averaging of weights calls this outside of it
+        # Averaging of weights calls this outside of the first context. Lightning builds on the device of the rank: from
+        # the same seed its generator draws other weights than that of the CPU.
+        with self.trainer.precision_plugin.module_init_context(), torch.device("cpu"):
             self._build()
 
     def _build(self) -> None:

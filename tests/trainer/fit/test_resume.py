@@ -183,3 +183,27 @@ def test_a_checkpoint_whose_weights_would_mean_something_else_is_refused(tmp_pat
     assert run.wait() == [1]
     assert run.errors.startswith(f"Error: the checkpoint was trained with {name}")
     assert "Use the configuration and the grid that it was trained with." in run.errors
+
+
+def test_one_seed_draws_the_weights_and_the_order_of_samples(tmp_path):
+    common = tiny("--trainer.max_steps=3", "--seed_everything=5")
+    one, same, other = (
+        trace(fit(tmp_path, *common, *words, f"--output={number}").folder / str(number))
+        for number, words in enumerate(([], ["--data.seed=5"], ["--data.seed=0"]))
+    )
+    assert one == same != other
+
+
+@pytest.mark.parametrize("seed", ["-1", "4294967296"])
+def test_a_seed_that_is_none_is_refused(tmp_path, seed):
+    run = Run(tmp_path, "fit", *tiny(f"--seed_everything={seed}"))
+    assert run.wait() == [1]
+    assert run.errors == f"Error: seed_everything is {seed}. Use 0 to 4294967295.\n"
+
+
+def test_a_logger_that_is_asked_for_logs_beside_our_own(tmp_path):
+    words = ["--trainer.logger=CSVLogger", f"--trainer.logger.save_dir={tmp_path / 'mine'}"]
+    run = fit(tmp_path, *tiny("--trainer.max_steps=2"), *words)
+    (mine,) = (tmp_path / "mine").rglob("metrics.csv")
+    assert len(mine.read_text().splitlines()) >= 2
+    assert len(trace(run.output)) == 2
