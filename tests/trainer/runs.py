@@ -36,6 +36,7 @@ PATIENCE = 60.0  # seconds for a run of a few steps; what takes longer hangs
 
 def serve() -> None:
     """Fork for every line of JSON, and say how the forks ended."""
+    import trainer.cli.fit
     import trainer.cli.main
 
     children: dict[int, int] = {}

@@ -10,7 +10,7 @@ from trainer.fit.curves import TRAINING, read
 from trainer.fit.metrics import Scores
 
 if TYPE_CHECKING:
-    from trainer.cli.main import TrainerCLI
+    from trainer.cli.fit import TrainerCLI
 
 
 def show(cli: TrainerCLI, seconds: float) -> None:

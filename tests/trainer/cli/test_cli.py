@@ -237,3 +237,12 @@ def test_ranks_that_torchrun_or_slurm_start_need_no_change_of_the_config(tmp_pat
     run = Run(tmp_path, *arguments, "--output=by_slurm", ranks=2, environment=slurm, launcher="slurm")
     assert run.wait() == [0, 0], run.errors
     assert trace(tmp_path / "run") == trace(tmp_path / "by_slurm")
+
+
+def test_help_imports_neither_torch_nor_lightning() -> None:
+    code = (
+        "import sys; from trainer.cli.main import main; main(['--help']); "
+        "assert not {'torch', 'lightning', 'numpy'} & sys.modules.keys()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "trainer plan --config demo" in done.stdout
