@@ -275,7 +275,7 @@ def slow_disk(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def on_slow_disk(path: Path, ahead: int, environment: dict[str, str]) -> dict[str, Any]:
-    words = [sys.executable, "-c", PROGRAM, str(path), str(ahead), str(Path(__file__).parents[1])]
+    words = [sys.executable, "-c", PROGRAM, str(path), str(ahead), str(Path(__file__).parent)]
     done = subprocess.run(words, env=environment, capture_output=True, text=True, check=True)
     found: dict[str, Any] = json.loads(done.stdout)
     return found
@@ -312,7 +312,7 @@ def test_a_disk_that_fills_up_stops_the_run_with_its_cause_and_loses_nothing(tmp
     is_mounted = mounted(disk, 60 * 1024)  # else files may not grow beyond 500 bytes
     program = f"""
 import resource, signal, sys
-sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+sys.path.insert(0, {str(Path(__file__).parent)!r})
 from test_sharded_writer import *
 if not {is_mounted}:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
