@@ -82,10 +82,11 @@ def test_rooms_of_the_readme_are_those_there_are(package: str) -> None:
     assert sorted(listed) == sorted(rooms)
 
 
-@pytest.mark.parametrize("room", sorted(ROOT.glob("shardio/*/")) + sorted(ROOT.glob("trainer/*/")), ids=str)
-def test_a_room_says_what_passes_through_it(room: Path) -> None:
-    if room.name != "__pycache__":
-        assert len((room / "__init__.py").read_text().split('"""')[1]) > 60
+@pytest.mark.parametrize(
+    "init", [path for name in ("shardio", "trainer") for path in ROOT.glob(f"{name}/*/__init__.py")]
+)
+def test_a_room_says_what_passes_through_it(init: Path) -> None:
+    assert len(init.read_text().split('"""')[1]) > 60
 
 
 @pytest.mark.parametrize("link", re.findall(r"\]\(((?!http)[^)]+)\)", README))

@@ -1,4 +1,4 @@
-"""`python -m shardio.cli`, as torchrun calls it."""
+"""`python -m shardio.cli`: the command where it is not on the PATH."""
 
 from shardio.cli.main import main
 

@@ -609,3 +609,9 @@ def test_verify_of_joined_datasets_of_different_grid_chunks_is_refused_with_the_
             continue
         with pytest.raises(ChunkError, match=r"equal grid-chunks.*Rechunk them alike, or use verify=False"):
             quiet(joined, verify=True)
+
+
+def test_a_loader_for_the_cpu_pins_no_memory_where_there_are_gpus(many, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    batch = next(iter(ShardedDataLoader(open_dataset(many.path), prefetch=1, threads=1)))
+    assert not batch.fields.is_pinned()
