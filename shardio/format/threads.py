@@ -7,7 +7,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Iterable
-from concurrent.futures import FIRST_EXCEPTION, Executor, Future, wait
+from concurrent.futures import Executor, Future
 from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import Any, ParamSpec, TypeVar
@@ -30,7 +30,8 @@ def for_each(function: Callable[[T], object], items: Iterable[T], pool: Executor
     """Call `function` of every item, on the threads of `pool` where there is one.
 
     When it returns or raises, no call is still running: none writes into a buffer that its owner uses again.
-    Raises: what the first call that failed raised; calls that had not begun then are left out.
+    Raises: what the first item that failed raised, or CancelledError where the pool ended before all were begun;
+    calls that had not begun then are left out.
     """
     if pool is None:
         for item in items:
@@ -38,14 +39,14 @@ def for_each(function: Callable[[T], object], items: Iterable[T], pool: Executor
         return
     futures = [pool.submit(function, item) for item in items]
     try:
-        wait(futures, return_when=FIRST_EXCEPTION)
+        for future in futures:
+            future.result()
     finally:
         for future in futures:
             future.cancel()
-        wait(futures)
-    for future in futures:
-        if not future.cancelled():
-            future.result()
+        for future in futures:  # not `wait`: it never ends for work that a pool's own shutdown cancelled
+            if not future.cancelled():
+                future.exception()
 
 
 class Threads(Executor):

@@ -1,7 +1,8 @@
 """Calls on threads: when it is over, none is running."""
 
+import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 
 import pytest
 
@@ -36,3 +37,25 @@ def test_all_calls_are_made_without_a_pool_and_with_one():
             found = []
             for_each(found.append, iter(range(20)), where)
             assert sorted(found) == list(range(20))
+
+
+@pytest.mark.parametrize("pool_of", [lambda: ThreadPoolExecutor(1), lambda: Threads(1, "test")], ids=["pool", "own"])
+def test_a_pool_that_ends_ends_those_who_wait_for_it(pool_of):
+    pool, begun, free, told = pool_of(), threading.Event(), threading.Event(), []
+
+    def call(_):
+        begun.set()
+        free.wait()
+
+    def wait_for_all():
+        with pytest.raises(CancelledError):  # two items were never begun: that is no success
+            for_each(call, range(3), pool)
+        told.append("ended")
+
+    waiting = threading.Thread(target=wait_for_all, daemon=True)
+    waiting.start()
+    begun.wait()
+    pool.shutdown(wait=False, cancel_futures=True)  # what an interrupted rechunk does
+    free.set()
+    waiting.join(10)
+    assert told == ["ended"]
