@@ -37,8 +37,10 @@ def for_each(function: Callable[[T], object], items: Iterable[T], pool: Executor
         for item in items:
             function(item)
         return
-    futures = [pool.submit(function, item) for item in items]
+    futures: list[Future[object]] = []
     try:
+        for item in items:
+            futures.append(pool.submit(function, item))
         for future in futures:
             future.result()
     finally:

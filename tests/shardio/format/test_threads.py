@@ -41,20 +41,25 @@ def test_all_calls_are_made_without_a_pool_and_with_one():
 
 @pytest.mark.parametrize("pool_of", [lambda: ThreadPoolExecutor(1), lambda: Threads(1, "test")], ids=["pool", "own"])
 def test_a_pool_that_ends_ends_those_who_wait_for_it(pool_of):
-    pool, begun, free, told = pool_of(), threading.Event(), threading.Event(), []
+    pool, begun, given, free, told = pool_of(), threading.Event(), threading.Event(), threading.Event(), []
 
     def call(_):
         begun.set()
         free.wait()
 
+    def items():
+        yield from range(3)
+        given.set()
+
     def wait_for_all():
         with pytest.raises(CancelledError):  # two items were never begun: that is no success
-            for_each(call, range(3), pool)
+            for_each(call, items(), pool)
         told.append("ended")
 
     waiting = threading.Thread(target=wait_for_all, daemon=True)
     waiting.start()
-    begun.wait()
+    assert begun.wait(10)
+    assert given.wait(10)
     pool.shutdown(wait=False, cancel_futures=True)  # what an interrupted rechunk does
     free.set()
     waiting.join(10)
