@@ -51,6 +51,28 @@ def test_import_shardio_loads_no_heavy_library() -> None:
     assert not loaded & {"torch", "dask", "distributed", "xarray", "zarr", "tensorstore"}
 
 
+def test_messages_between_ranks_leave_through_one_file() -> None:
+    """Beside it: watching over ranks needs their store, and `shardio` its own exchange of what ranks read."""
+    knows = {"trainer/comm.py", "trainer/ranks/failure.py", "shardio/load/redistribute.py"}
+    files = [path for package in ("shardio", "trainer") for path in (ROOT / package).rglob("*.py")]
+    assert {str(path.relative_to(ROOT)) for path in files if "torch.distributed" in _imports(path)} == knows
+
+
+def _imports(path: Path) -> set[str]:
+    """Modules that a file imports to run, not only to check types."""
+    lines = ast.parse(path.read_text()).body
+    found = {name for node in lines for name in _of(node)}
+    return found | {
+        name for node in lines if isinstance(node, ast.FunctionDef) for one in ast.walk(node) for name in _of(one)
+    }
+
+
+def _of(node: ast.AST) -> set[str]:
+    if isinstance(node, ast.ImportFrom):
+        return {node.module or "", *(f"{node.module}.{name.name}" for name in node.names)}
+    return {name.name for name in node.names} if isinstance(node, ast.Import) else set()
+
+
 def test_version_is_the_same_everywhere() -> None:
     command = Path(sysconfig.get_path("scripts")) / "shardio"
     assert VERSION in run(command, "--version").split()

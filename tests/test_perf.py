@@ -16,6 +16,7 @@ from tools.perf import gate, history, report
 from tools.perf.grids import NAMES, Site
 from tools.perf.matrix import RANKS, WORKS, Found, combine, measure_rank
 from tools.trainer_step import on_ranks
+from trainer.comm import Alone
 
 Counters = dict[str, dict[str, int]]
 CASE = "octahedral/2/train"
@@ -26,7 +27,7 @@ def counted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Counters, Counter
     """Of one and two ranks on the octahedral grid; and of two that exchange every halo twice."""
     site = Site("octahedral", tmp_path_factory.mktemp("perf"))
     site.make()
-    alone = measure_rank(0, None, site, 0, ("rechunk", "load"))
+    alone = measure_rank(Alone(), site, 0, ("rechunk", "load"))
     together, doubled = zip(*on_ranks(count_twice, 2, site), strict=True)
     good, bad = ({case: combine([one[case] for one in found]) for case in found[0]} for found in (together, doubled))
     return _counters(alone | good), _counters(bad)

@@ -4,7 +4,7 @@ python -m tools.check_plan                       grids o32 to o160, M = 1, 2, 4:
 python -m tools.check_plan --json
 
 Each rank takes two real steps; in the second one LiveBytes counts all storages, those too that Python knew of before,
-and every message is counted where it leaves (trainer_traffic.py). The prediction knows none of it: it is made in this
+and every message is counted where it leaves (Counting). The prediction knows none of it: it is made in this
 process, from a graph cut by arithmetic, on tensors without numbers.
 """
 
@@ -17,13 +17,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from shardio.load.partition import partition
 from shardio.source.synthetic import octahedral
 from tools.trainer_memory import living_tensors
 from tools.trainer_step import Sizes, Step, on_ranks
-from tools.trainer_traffic import count_sent
+from trainer.comm import Comm, Counting
 from trainer.fit.gradients import reduce_gradients
 from trainer.fit.optimizer import OptimizerOptions
 from trainer.graph.graph import GraphOptions, build_graph
@@ -32,6 +31,7 @@ from trainer.model.model import ModelOptions
 from trainer.plan.counts import CutGraph
 from trainer.plan.footprint import PRECISIONS, Footprint, Job, footprint
 from trainer.plan.live_bytes import LiveBytes
+from trainer.step import forecast_loss
 
 MARGIN = 0.1
 LARGE = Sizes("o96", "ico4", channels=64, layers=3, variables=12, checkpointing=False)
@@ -48,33 +48,29 @@ CASES: list[tuple[int, Sizes, str]] = [
 ]
 
 
-def measure(rank: int, group: dist.ProcessGroup | None, sizes: Sizes, precision: str) -> dict[str, Any]:
+def measure(comm: Comm, sizes: Sizes, precision: str) -> dict[str, Any]:
     """Of one real rank, in its second step, in Lightning's order."""
     strangers = {id(tensor) for tensor in living_tensors()}
-    step, kind = Step(rank, group, sizes), PRECISIONS[precision][1]
+    counting = Counting(comm)
+    step, kind = Step(counting, sizes), PRECISIONS[precision][1]
     batch, dates, members, cells, variables = step.shape
     fields = torch.randn(batch, dates, variables, members, cells).permute(0, 1, 3, 4, 2)
 
-    def forward() -> torch.Tensor:
-        pairs = step.forecaster.rollout(step.forecaster.normalise(fields), sizes.rollout)
-        losses = [step.loss(*pair) for pair in pairs]
-        return torch.stack([one.value for one in losses]).mean()
-
     def take() -> None:
         with torch.autocast("cpu", dtype=kind or torch.bfloat16, enabled=kind is not None):
-            loss = forward()
+            loss = forecast_loss(step.forecaster, step.loss, fields, sizes.rollout).value
         step.optimizer.zero_grad()
         loss.backward()
-        if group is not None:
-            reduce_gradients(step.forecaster.parameters(), 1, group)
+        reduce_gradients(step.forecaster.parameters(), 1, counting)
         step.optimizer.step()
 
     take()
     live = LiveBytes()
     live.hold("before", [tensor for tensor in living_tensors() if id(tensor) not in strangers])
-    with live, count_sent(step.forecaster.network.graph) as sent:
+    before = counting.sent.copy()
+    with live:
         take()
-    return {"peak": live.peak, "sent": {part: count for part, count in sent.items() if count}}
+    return {"peak": live.peak, "sent": dict(counting.sent - before)}
 
 
 def predict(sizes: Sizes, precision: str, ranks: int, every: bool = False) -> dict[int, Footprint]:

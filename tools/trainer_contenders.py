@@ -90,10 +90,12 @@ def ours(options: argparse.Namespace, rank: int, world: int) -> tuple[Any, Calla
     from shardio.load.partition import partition
     from shardio.rechunk.allocator import keep_freed_memory
     from shardio.source.synthetic import octahedral
+    from trainer.comm import join_world
     from trainer.graph.graph import GraphOptions, build_graph
     from trainer.graph.sharded_graph import shard_graph
     from trainer.model.forecaster import Forecaster, Roles
-    from trainer.model.loss import AreaLoss, LossOptions
+    from trainer.model.loss import LossOptions, build_loss
+    from trainer.model.losses.measured import Weighing
     from trainer.model.model import ModelOptions
 
     keep_freed_memory()
@@ -102,8 +104,8 @@ def ours(options: argparse.Namespace, rank: int, world: int) -> tuple[Any, Calla
     processor = "multiscale" if options.hidden.startswith("ico") else "knn"
     settings = GraphOptions(options.hidden, processor=processor, processor_layers=options.layers)
     graph = build_graph(latitudes, longitudes, cells, rank, settings)
-    group = dist.group.WORLD if world > 1 else None
-    sharded = shard_graph(graph, group, num_chunks=options.chunks)
+    comm = join_world()
+    sharded = shard_graph(graph, comm, num_chunks=options.chunks)
     sizes = ModelOptions(
         options.channels, options.layers, options.heads, num_chunks=options.chunks, checkpointing=options.checkpointing
     )
@@ -111,7 +113,7 @@ def ours(options: argparse.Namespace, rank: int, world: int) -> tuple[Any, Calla
     roles = Roles(tuple(f"v{i}" for i in range(options.variables)))
     torch.manual_seed(0)
     model = Forecaster(roles, {"mean": 0.0 * one, "stdev": one}, one, options.input_steps, sizes, sharded)
-    loss = AreaLoss(torch.ones(sharded.owned_cells), torch.ones(len(one)), LossOptions(), group)
+    loss = build_loss(LossOptions(), Weighing(torch.ones(sharded.owned_cells), torch.ones(len(one)), comm))
 
     def forward(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=options.bf16):
@@ -122,10 +124,10 @@ def ours(options: argparse.Namespace, rank: int, world: int) -> tuple[Any, Calla
 
 
 def reduce_ours(model: Any, world: int) -> None:
+    from trainer.comm import join_world
     from trainer.fit.gradients import reduce_gradients
 
-    if world > 1:
-        reduce_gradients(model.parameters(), 1)
+    reduce_gradients(model.parameters(), 1, join_world())
 
 
 # -------------------------------------------------------------------------------------------------------- anemoi-models

@@ -21,10 +21,10 @@ from collections.abc import Iterable
 from dataclasses import asdict, replace
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor
 
 from tools.trainer_step import Sizes, Step, on_ranks
+from trainer.comm import Comm
 from trainer.plan.live_bytes import LiveBytes
 
 MARGIN = 1.1
@@ -42,10 +42,10 @@ def nbytes(tensors: Iterable[Tensor]) -> int:
     return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-def measure(rank: int, group: dist.ProcessGroup | None, sizes: Sizes) -> dict[str, int]:
+def measure(comm: Comm, sizes: Sizes) -> dict[str, int]:
     """Of one rank, in the second step, when the optimizer has its state."""
     strangers = living_tensors()
-    step = Step(rank, group, sizes)
+    step = Step(comm, sizes)
     batch = step.fields()
     step.run(batch)
     step.optimizer.zero_grad()

@@ -18,13 +18,16 @@ from torch import Tensor
 
 from shardio.load.partition import partition
 from shardio.source.synthetic import octahedral
+from trainer.comm import Comm, join_world
 from trainer.fit.gradients import broadcast_parameters, reduce_gradients
 from trainer.graph.graph import GraphOptions, build_graph
 from trainer.graph.grid import cell_areas
 from trainer.graph.sharded_graph import shard_graph
 from trainer.model.forecaster import Forecaster, Roles
-from trainer.model.loss import AreaLoss, LossOptions
+from trainer.model.loss import LossOptions, build_loss
+from trainer.model.losses.measured import Weighing
 from trainer.model.model import ModelOptions
+from trainer.step import forecast_loss
 
 PATIENCE = timedelta(minutes=10)
 
@@ -68,25 +71,24 @@ def _switch(word: str) -> bool:
 class Step:
     """What one rank has, and what it does in a step."""
 
-    def __init__(self, rank: int, group: dist.ProcessGroup | None, sizes: Sizes) -> None:
+    def __init__(self, comm: Comm, sizes: Sizes) -> None:
         dtype = getattr(torch, sizes.dtype)
         before = torch.get_default_dtype()
         torch.set_default_dtype(dtype)
         try:
-            self._build(rank, group, sizes)
+            self._build(comm, sizes)
         finally:
             torch.set_default_dtype(before)
 
-    def _build(self, rank: int, group: dist.ProcessGroup | None, sizes: Sizes) -> None:
-        ranks = 1 if group is None else dist.get_world_size(group)
+    def _build(self, comm: Comm, sizes: Sizes) -> None:
         latitudes, longitudes, _ = octahedral(sizes.grid)
-        self.cells = partition(latitudes.size, ranks, -(-latitudes.size // sizes.grid_chunks))
-        self.sizes, self.group, owned = sizes, group, self.cells.cells(rank)
+        self.cells = partition(latitudes.size, comm.ranks, -(-latitudes.size // sizes.grid_chunks))
+        self.sizes, self.comm, owned = sizes, comm, self.cells.cells(comm.rank)
         kind = "multiscale" if sizes.hidden.startswith("ico") else "knn"
         edges = GraphOptions(sizes.hidden, processor=kind, processor_layers=sizes.layers)
-        self.graph = build_graph(latitudes, longitudes, self.cells, rank, edges)
+        self.graph = build_graph(latitudes, longitudes, self.cells, comm.rank, edges)
         dtype = torch.get_default_dtype()
-        sharded = shard_graph(self.graph, group, "cpu", dtype, sizes.num_chunks, sizes.shard_strategy)
+        sharded = shard_graph(self.graph, comm, "cpu", dtype, sizes.num_chunks, sizes.shard_strategy)
         names = tuple(f"v{number}" for number in range(sizes.variables))
         statistics = {"mean": np.zeros(len(names)), "stdev": np.ones(len(names))}
         roles = Roles(names, names[: sizes.forcings], allow_nan=names[len(names) - sizes.lacking :])
@@ -96,10 +98,9 @@ class Step:
         torch.manual_seed(0)
         changes = np.ones(len(roles.outputs))
         self.forecaster = Forecaster(roles, statistics, changes, sizes.input_steps, options, sharded)
-        if group is not None:
-            broadcast_parameters((parameter.data for parameter in self.forecaster.parameters()), group)
+        broadcast_parameters((parameter.data for parameter in self.forecaster.parameters()), comm)
         areas = torch.from_numpy(cell_areas(latitudes, longitudes)[owned]).to(dtype)
-        self.loss = AreaLoss(areas, areas.new_ones(len(roles.outputs)), LossOptions(), group)
+        self.loss = build_loss(LossOptions(), Weighing(areas, areas.new_ones(len(roles.outputs)), comm))
         self.optimizer = torch.optim.AdamW(self.forecaster.parameters())
         self.shape = (sizes.batch, sizes.input_steps + sizes.rollout, 1, owned.stop - owned.start, len(names))
 
@@ -110,17 +111,15 @@ class Step:
     def run(self, batch: Tensor) -> Tensor:
         """Forward, loss, backward, gradients of the whole, and the optimizer."""
         self.optimizer.zero_grad()
-        pairs = self.forecaster.rollout(self.forecaster.normalise(batch), self.sizes.rollout)
-        loss = torch.stack([self.loss(*pair).value for pair in pairs]).mean()
+        loss = forecast_loss(self.forecaster, self.loss, batch, self.sizes.rollout).value
         loss.backward()
-        if self.group is not None:
-            reduce_gradients(self.forecaster.parameters(), 1, self.group)
+        reduce_gradients(self.forecaster.parameters(), 1, self.comm)
         self.optimizer.step()
         return loss.detach()
 
 
 def on_ranks(function: Callable[..., Any], ranks: int, *arguments: Any) -> list[Any]:
-    """function(rank, group, *arguments) in so many processes; the first error of any ends all."""
+    """function(comm, *arguments) in so many processes; the first error of any ends all."""
     context = multiprocessing.get_context("spawn")
     replies: Any = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
@@ -151,7 +150,6 @@ def _be_rank(
     try:
         if ranks > 1:
             dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=ranks, timeout=PATIENCE)
-        group = dist.group.WORLD if ranks > 1 else None
-        replies.put((rank, True, function(rank, group, *arguments)))
+        replies.put((rank, True, function(join_world(), *arguments)))
     except Exception:
         replies.put((rank, False, traceback.format_exc()))

@@ -16,96 +16,16 @@ import argparse
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor
 
+from tools.perf.counters import Messages, UncountedError, ring
 from tools.trainer_step import Sizes, Step, on_ranks
+from trainer.comm import Comm, Counting
 from trainer.graph.halo import Halo
-from trainer.graph.sharded_graph import ShardedGraph
-from trainer.model.loss import AreaLoss
 
 PARTS = ("encoder", "processor", "decoder")
-# Every way of torch.distributed to move numbers: whatever is not counted below must not be used.
-UNCOUNTED = (
-    *("all_gather", "all_gather_into_tensor", "all_gather_single", "all_gather_object", "all_gather_coalesced"),
-    *("all_reduce_coalesced", "all_to_all", "broadcast", "broadcast_object_list", "gather", "gather_object", "reduce"),
-    *("reduce_scatter", "reduce_scatter_tensor", "reduce_scatter_single", "scatter", "scatter_object_list"),
-    *("send", "recv", "isend", "irecv", "batch_isend_irecv", "send_object_list", "recv_object_list"),
-)
 Sent = Counter[str]
-
-
-class UncountedError(RuntimeError):
-    """A collective that the count does not know."""
-
-
-@contextmanager
-def count_sent(graph: ShardedGraph) -> Iterator[Sent]:
-    """Bytes sent to other ranks within, by part and direction, such as `decoder backward`."""
-    sent: Sent = Counter()
-    kept = {
-        name: getattr(dist, name) for name in ("all_to_all_single", "all_reduce", *UNCOUNTED) if hasattr(dist, name)
-    }
-
-    def all_to_all_single(
-        received: Tensor, given: Tensor, receive: list[int] | None = None, send: list[int] | None = None, **more: Any
-    ) -> Any:
-        group = more.get("group")
-        ranks, rank = dist.get_world_size(group), dist.get_rank(group)
-        counts = [len(given) // ranks] * ranks if send is None else send
-        row = given.element_size() * given[0].numel() if len(given) else 0
-        sent[_whence(graph)] += (sum(counts) - counts[rank]) * row
-        return kept["all_to_all_single"](received, given, receive, send, **more)
-
-    def all_reduce(tensor: Tensor, *words: Any, **more: Any) -> Any:
-        sent[_whence(graph)] += ring(tensor.numel() * tensor.element_size(), dist.get_world_size(more.get("group")))
-        return kept["all_reduce"](tensor, *words, **more)
-
-    def refuse(name: str) -> Callable[..., Any]:
-        def refused(*words: Any, **more: Any) -> Any:
-            raise UncountedError(f"{name} is used in a step, and its bytes are not counted.")
-
-        return refused
-
-    for name in kept:
-        setattr(
-            dist, name, {"all_to_all_single": all_to_all_single, "all_reduce": all_reduce}.get(name) or refuse(name)
-        )
-    try:
-        yield sent
-    finally:
-        for name, function in kept.items():
-            setattr(dist, name, function)
-
-
-def ring(nbytes: int, ranks: int) -> int:
-    """What a rank sends in an all-reduce that wastes nothing."""
-    return 2 * (ranks - 1) * nbytes // ranks
-
-
-def _whence(graph: ShardedGraph) -> str:
-    """Which part of the step sends: read from the frames that led here."""
-    frame = sys._getframe(2)
-    while frame is not None:
-        name, known = frame.f_code.co_name, frame.f_locals
-        if name in ("forward", "backward"):
-            plan = known.get("halo", known.get("plan")) or getattr(known.get("ctx"), "plan", None)
-            for part in PARTS:
-                if plan is not None and plan is getattr(graph, part).halo:
-                    return f"{part} {name}"
-            if plan is not None and plan is graph.heads:
-                return f"processor {name}"
-        if name == "reduce_gradients":
-            return "gradients"
-        if isinstance(known.get("self"), AreaLoss):
-            return "loss"
-        frame = frame.f_back
-    return "elsewhere"
 
 
 def predict_sent(step: Step) -> dict[str, Sent]:
@@ -152,12 +72,16 @@ def _borrowed(step: Step, part: str) -> int:
     return sum(not first <= source < last for source in set(getattr(step.graph, part).source.tolist()))
 
 
-def measure(rank: int, group: dist.ProcessGroup | None, sizes: Sizes) -> dict[str, dict[str, int]]:
-    """What one rank sends in one step, counted and predicted."""
-    step = Step(rank, group, sizes)
-    batch = step.fields()
-    with count_sent(step.forecaster.network.graph) as sent:
+def measure(comm: Comm, sizes: Sizes) -> dict[str, dict[str, int]]:
+    """What one rank sends in one step, counted and predicted; UncountedError if others left past comm."""
+    counting = Counting(comm)
+    step = Step(counting, sizes)
+    batch, before, known = step.fields(), counting.sent.copy(), counting.messages.total()
+    with Messages(comm.rank, comm.ranks) as every:
         step.run(batch)
+    sent = counting.sent - before
+    if every.number != counting.messages.total() - known or every.sent != sent.total():
+        raise UncountedError(f"{every.number} messages left, {every.sent} bytes, of which {sent.total()} are known.")
     predicted = predict_sent(step) if sizes.shard_strategy == "edges" else {}
     return {"counted": dict(sent), **{name: dict(result) for name, result in predicted.items()}}
 
@@ -182,7 +106,7 @@ def _table(ranks: int, results: list[dict[str, dict[str, int]]]) -> str:
     kinds = list(results[0])
     rows = [f"{ranks} ranks, MB sent per rank and step: mean of the ranks (counted also: the most)"]
     rows.append(f"{'':<22}{'counted':>10}{'most':>10}" + "".join(f"{kind:>13}" for kind in kinds[1:]))
-    parts = [f"{part} {way}" for part in PARTS for way in ("forward", "backward")] + ["gradients", "loss", "elsewhere"]
+    parts = [f"{part} {way}" for part in PARTS for way in ("forward", "backward")] + ["gradients", "loss"]
     for part in [*(part for part in parts if any(part in result["counted"] for result in results)), "all"]:
         cells = []
         for kind in kinds:

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from scipy.spatial import cKDTree
 
 from shardio import ShardedDataLoader, Topology, open_dataset
+from trainer.comm import TorchComm
 from trainer.fit.gradients import reduce_gradients
 from trainer.graph.grid import Frames, cell_areas
 from trainer.graph.halo import build_halo, exchange
@@ -29,7 +30,8 @@ class Neighbours(torch.nn.Module):
 
 
 dist.init_process_group("gloo")
-topology = Topology.from_environment(num_gpus_per_model=dist.get_world_size())
+comm = TorchComm()  # all ranks; TorchComm(group) for those of one model
+topology = Topology.from_environment(num_gpus_per_model=comm.ranks)
 dataset = open_dataset(sys.argv[1])
 loader = ShardedDataLoader(dataset, topology, group=dist.group.WORLD, seed=0)
 cells = loader.reading.owners  # who owns which cells
@@ -38,7 +40,7 @@ own = cells.cells(topology.model_rank)
 # Edges: from the 6 nearest other cells to each cell that this rank owns. Sources are global numbers.
 places = Frames.of(dataset.latitudes, dataset.longitudes).position
 source = np.sort(cKDTree(places).query(places[own], k=7)[1][:, 1:], axis=1).ravel()
-halo = build_halo(source, cells.bounds, topology.model_rank, dist.group.WORLD)
+halo = build_halo(source, cells.bounds, comm)
 area = torch.tensor(cell_areas(dataset.latitudes, dataset.longitudes)[own] / (4 * np.pi), dtype=torch.float32)
 
 torch.manual_seed(0)  # the same weights on all ranks
@@ -53,9 +55,9 @@ for batch in loader:
     loss = (error * area).sum()  # of the cells that this rank owns
     optimizer.zero_grad()
     loss.backward()  # gradients of halo rows travel back to their owners
-    reduce_gradients(model.parameters(), topology.data_size)  # sum over the model group, mean over the data group
+    reduce_gradients(model.parameters(), topology.data_size, comm)  # sum over the model, mean over the data groups
     optimizer.step()
-    dist.all_reduce(loss.detach())
+    comm.sum(loss.detach(), "loss")
     if topology.rank == 0:
         print(f"{batch.dates[0, 0]}  {halo.rows - halo.owned} halo rows  loss {loss.item():.6f}")
 dist.destroy_process_group()

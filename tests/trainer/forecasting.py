@@ -13,9 +13,9 @@ import torch
 from runs import fit
 
 from shardio import open_dataset
-from trainer.model.assembly import Place
 from trainer.predict.forecast import forecast_partition, load
 from trainer.predict.predict import plan, write
+from trainer.share import Share
 
 # Steps enough that errors do not grow: an untrained model amplifies the rounding in which ranks differ.
 TRAINING = (
@@ -42,24 +42,24 @@ def trained(factory: pytest.TempPathFactory, dataset: str, *more: str) -> Path:
     return _trained(factory.getbasetemp(), dataset, *more)
 
 
-def place_of(rank: int, group: Any, ranks: int, dataset: Any) -> Place:
-    return Place(forecast_partition(dataset, ranks), rank, group)
+def share_of(comm: Any, ranks: int, dataset: Any) -> Share:
+    return Share(forecast_partition(dataset, ranks), comm)
 
 
-def forecast(rank: int, group: Any, ranks: int, checkpoint: Path, path: str, lead_time: str) -> np.ndarray:
+def forecast(rank: int, comm: Any, ranks: int, checkpoint: Path, path: str, lead_time: str) -> np.ndarray:
     """In a rank: [lead times, ensemble, cells/M, variables]."""
     dataset = open_dataset(path)
-    model = load(checkpoint, dataset, place_of(rank, group, ranks, dataset))
+    model = load(checkpoint, dataset, share_of(comm, ranks, dataset))
     return np.stack([lead.fields.numpy() for lead in model.run(START, lead_time)])
 
 
 def write_forecast(
-    rank: int, group: Any, ranks: int, checkpoint: Path, path: str, lead_time: str, folder: Path, **more: Any
+    rank: int, comm: Any, ranks: int, checkpoint: Path, path: str, lead_time: str, folder: Path, **more: Any
 ) -> Any:
     """In a rank: what `trainer predict` does for one date."""
     dataset = open_dataset(path)
-    model = load(checkpoint, dataset, place_of(rank, group, ranks, dataset))
-    task = plan(model.trained, dataset, model.place.cells, np.datetime64(START, "s"), lead_time, folder, **more)
+    model = load(checkpoint, dataset, share_of(comm, ranks, dataset))
+    task = plan(model.trained, dataset, model.share.cells, np.datetime64(START, "s"), lead_time, folder, **more)
     return write(model, task)
 
 

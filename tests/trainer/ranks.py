@@ -1,6 +1,6 @@
 """Four gloo processes that do what tests tell them; this file run as a script is such a rank.
 
-`run(function, [arguments of rank 0, of rank 1, ...])` calls function(rank, group, **arguments) on as many ranks.
+`run(function, [arguments of rank 0, of rank 1, ...])` calls function(rank, comm, **arguments) on as many ranks.
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from trainer.comm import Alone, Comm, TorchComm
+
 RANKS = 4
 GROUPS = ((0, 1), (2, 3), (0, 1, 2), (0, 1, 2, 3))
 TIME_TO_START = timedelta(seconds=120)
 PATIENCE = timedelta(seconds=60)  # after it gloo gives up a collective that some rank never joins
 
-_groups: dict[tuple[int, ...], Any] = {}
+_comms: dict[tuple[int, ...], Comm] = {}
 
 
 class Pool:
@@ -69,9 +71,9 @@ class Pool:
         ]
 
 
-def group_of(ranks: Sequence[int]) -> Any:
-    """In a rank: the process group of these ranks; None for one."""
-    return None if len(ranks) == 1 else _groups[tuple(ranks)]
+def comm_of(ranks: Sequence[int]) -> Comm:
+    """In a rank: the communicator of these ranks."""
+    return Alone() if len(ranks) == 1 else _comms[tuple(ranks)]
 
 
 def serve(rank: int, meeting: str) -> None:
@@ -79,14 +81,17 @@ def serve(rank: int, meeting: str) -> None:
     torch.set_num_threads(1)
     store = f"file://{meeting}"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=RANKS, timeout=TIME_TO_START)
-    _groups.update({ranks: dist.new_group(list(ranks), timeout=PATIENCE) for ranks in GROUPS})
+    for ranks in GROUPS:
+        group = dist.new_group(list(ranks), timeout=PATIENCE)
+        if rank in ranks:
+            _comms[ranks] = TorchComm(group)
     replies = sys.stdout.buffer
     with redirect_stdout(sys.stderr):
         while True:
             path, name, ranks, more = pickle.load(sys.stdin.buffer)
             try:
                 function = getattr(_module(Path(path)), name)
-                reply = (True, function(rank, group_of(range(ranks)), **more))
+                reply = (True, function(rank, comm_of(range(ranks)), **more))
             except Exception as error:
                 reply = (False, f"rank {rank}: {error!r}")
             pickle.dump(reply, replies)

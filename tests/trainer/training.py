@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from itertools import combinations
@@ -10,18 +11,21 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from datasets import DIAGNOSTICS, FORCINGS, MASKED, grid_of
-from ranks import group_of
+from ranks import comm_of
 
 from shardio import ShardedDataLoader, Topology, open_dataset
 from shardio.load.partition import partition
+from trainer.comm import Comm
 from trainer.fit.gradients import broadcast_parameters, reduce_gradients
 from trainer.fit.optimizer import OptimizerOptions, build_optimizer
-from trainer.model.assembly import Place, assemble_areas, assemble_forecaster, assemble_graph, assemble_loss
+from trainer.model.assembly import assemble_areas, assemble_forecaster, assemble_graph, assemble_loss
 from trainer.model.forecaster import Roles
 from trainer.model.loss import LossOptions
+from trainer.model.losses.measured import Measured
 from trainer.model.model import ModelOptions
+from trainer.share import Share
+from trainer.step import forecast_loss
 
 STEPS = 5
 INPUT_STEPS = 2
@@ -136,25 +140,23 @@ def train(rank: int, _: Any, case: Case, path: str) -> dict[str, Any]:
 class Setup:
     """Loader, model and loss of one rank, in the type that is torch's default."""
 
-    def __init__(self, rank: int, case: Case, path: str) -> None:
+    def __init__(self, rank: int, case: Case, path: str, through: Callable[[Comm], Comm] = lambda comm: comm) -> None:
         model, data, read = case.ranks
         self.topology = Topology(model * data, rank, model, read)
-        group = group_of(self.topology.model_ranks)
-        self.world = group_of(range(model * data))
+        self.world = through(comm_of(range(model * data)))
         dataset = open_dataset(path, drop=None if case.masked else [MASKED])
         cells = partition(dataset.shape[3], model, dataset.chunk_cells)
-        self.place = Place(cells, self.topology.model_rank, group)
+        self.share = Share(cells, through(comm_of(self.topology.model_ranks)))
         options = ModelOptions(case.channels, LAYERS, 4, 2, case.num_chunks, case.checkpointing, case.shard_strategy)
-        graph = assemble_graph(dataset, self.place, grid_of(case.grid).graph, options)
+        graph = assemble_graph(dataset, self.share, grid_of(case.grid).graph, options)
         torch.manual_seed(rank)  # ranks draw different weights: only the broadcast makes them equal
         roles = Roles(dataset.variables, FORCINGS, DIAGNOSTICS, (MASKED,) if case.masked else ())
-        self.forecaster = assemble_forecaster(dataset, self.place, roles, INPUT_STEPS, options, graph)
+        self.forecaster = assemble_forecaster(dataset, self.share, roles, INPUT_STEPS, options, graph)
         with torch.no_grad():
             for parameter in self.forecaster.parameters():  # biases of 0 and scales of 1 would hide what they do
                 parameter += 0.1 * torch.randn_like(parameter)
-        if self.world is not None:
-            broadcast_parameters((parameter.data for parameter in self.forecaster.parameters()), self.world)
-        self.loss = assemble_loss(self.forecaster, assemble_areas(dataset, self.place), LOSSES[case.loss], self.place)
+        broadcast_parameters((parameter.data for parameter in self.forecaster.parameters()), self.world)
+        self.loss = assemble_loss(self.forecaster, assemble_areas(dataset, self.share), LOSSES[case.loss], self.share)
         self.loader = ShardedDataLoader(
             dataset,
             self.topology,
@@ -164,31 +166,34 @@ class Setup:
             seed=3,
             drop_last=True,
             keep_batch_sharded=case.keep_batch_sharded,
-            group=group,
+            group=self.share.comm.group,
             threads=1,
         )
         self.case = case
+        self.outputs: list[torch.Tensor] = []
 
     def fields(self, batch: Any) -> torch.Tensor:
         """Of the rank's own cells, as ForecastDataModule hands them out."""
         fields = batch.fields
-        assert fields.shape[3] == (self.place.owned.stop - self.place.owned.start) or not self.case.keep_batch_sharded
-        return fields if self.case.keep_batch_sharded else fields[..., self.place.owned, :]
+        assert fields.shape[3] == (self.share.owned.stop - self.share.owned.start) or not self.case.keep_batch_sharded
+        return fields if self.case.keep_batch_sharded else fields[..., self.share.owned, :]
 
     def step(self, fields: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
         """Loss, its sums and the outputs of each lead time; gradients are reduced."""
+        self.outputs = []
         with self.case.autocast():
-            rolled = list(self.forecaster.rollout(self.forecaster.normalise(fields), self.case.rollout))
-            losses = [self.loss(*pair) for pair in rolled]
-            loss = torch.stack([one.value for one in losses]).mean()
-        loss.backward()
+            loss = forecast_loss(self.forecaster, self._measure, fields, self.case.rollout)
+        loss.value.backward()
         self.reduce()
-        return loss.detach(), [one.sums for one in losses], [output.detach() for output, _ in rolled]
+        return loss.value.detach(), [one.sums for one in loss.leads], self.outputs
+
+    def _measure(self, prediction: torch.Tensor, target: torch.Tensor) -> Measured:
+        self.outputs.append(prediction.detach())
+        return self.loss(prediction, target)
 
     def reduce(self) -> None:
         """Gradients of the whole."""
-        if self.world is not None:
-            reduce_gradients(self.forecaster.parameters(), self.topology.data_size, self.world)
+        reduce_gradients(self.forecaster.parameters(), self.topology.data_size, self.world)
 
 
 def _train(rank: int, case: Case, path: str) -> dict[str, Any]:
@@ -214,8 +219,7 @@ def _train(rank: int, case: Case, path: str) -> dict[str, Any]:
     setup.loader.close()
     trace = torch.stack(losses)
     if case.ranks[1] > 1:  # the mean over data groups: every rank of a model group has the same value
-        dist.all_reduce(trace, group=setup.world)
-        trace /= case.ranks[0]
+        trace = setup.world.sum(trace, "losses") / case.ranks[0]
     return {**first, "losses": trace.numpy(), "start": start, "weights": _arrays(parameters)}
 
 

@@ -4,44 +4,38 @@ from __future__ import annotations
 
 import gc
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from itertools import pairwise
-from types import FunctionType
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shardio.load.partition import balanced
+from trainer.comm import Comm, Counting
 from trainer.graph.graph import Graph
 
 NARROW = 64  # whatever is no node, edge, weight or message is less: batch, time, variables, channels, heads
-KINDS = ("all_", "reduce", "gather", "scatter", "broadcast", "send", "recv", "isend", "irecv", "batch_isend")
-COLLECTIVES = [name for name in dir(dist) if name.startswith(KINDS) and type(getattr(dist, name)) is FunctionType]
 
 
 class Watch(TorchDispatchMode):
     """Attributes.
 
     sizes: of all dimensions seen that are not narrow, with an example: 560: `aten.mm [560, 32]`.
-    messages: names of the collectives called.
-    dispatched: operations of process groups, however they were called.
+    messages: names of the collectives, however they were called.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.sizes: dict[int, str] = {}
         self.messages: list[str] = []
-        self.dispatched = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
         self.see((args, kwargs, result), str(function))
-        self.dispatched += str(function).startswith("c10d.")
+        if function.namespace == "c10d":
+            self.messages.append(function._opname)
         return result
 
     def see(self, found: Any, where: str) -> None:
@@ -65,26 +59,25 @@ class Watch(TorchDispatchMode):
             if id(tensor) not in but:
                 self.see(tensor.detach(), f"alive {when}")
 
-    @contextmanager
-    def collectives(self) -> Iterator[None]:
-        """Every message of torch.distributed passes here first."""
-        kept = {name: getattr(dist, name) for name in COLLECTIVES}
 
-        def seen(name: str) -> Callable[..., Any]:
-            def call(*args: Any, **kwargs: Any) -> Any:
-                self.messages.append(name)
-                self.see((args, kwargs), name)
-                return kept[name](*args, **kwargs)
+class Heard(Counting):
+    """A communicator that remembers all it is told to send: (kind, tag, bytes)."""
 
-            return call
+    def __init__(self, comm: Comm) -> None:
+        super().__init__(comm)
+        self.heard: list[tuple[str, str, int]] = []
 
-        for name in kept:
-            setattr(dist, name, seen(name))
-        try:
-            yield
-        finally:
-            for name, function in kept.items():
-                setattr(dist, name, function)
+    def all_to_all(self, rows: Tensor, send: Any, receive: Any, tag: str) -> Tensor:
+        self.heard.append(("all_to_all", tag, rows.numel() * rows.element_size()))
+        return super().all_to_all(rows, send, receive, tag)
+
+    def sum(self, tensor: Tensor, tag: str) -> Tensor:
+        self.heard.append(("sum", tag, tensor.numel() * tensor.element_size()))
+        return super().sum(tensor, tag)
+
+    def gather(self, thing: Any, tag: str) -> Any:
+        self.heard.append(("gather", tag, len(thing)))
+        return super().gather(thing, tag)
 
 
 def living_ids() -> set[int]:

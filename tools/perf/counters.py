@@ -22,7 +22,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from tools.trainer_memory import living_tensors
-from tools.trainer_traffic import UncountedError, ring
 from trainer.plan.live_bytes import LiveBytes
 
 Counters = dict[str, int]
@@ -86,17 +85,28 @@ def _hear(event: str, arguments: tuple[Any, ...]) -> None:
                 opened.append(path)
 
 
+class UncountedError(RuntimeError):
+    """A collective that the count does not know."""
+
+
+def ring(nbytes: int, ranks: int) -> int:
+    """What a rank sends in an all-reduce that wastes nothing."""
+    return 2 * (ranks - 1) * nbytes // ranks
+
+
 class Messages(TorchDispatchMode):
     """Sees every collective of this thread, however it is called.
+
+    Args: rank, ranks: of the group; default: of the world.
 
     Attributes:
       number: of collectives.
       sent: bytes to other ranks; an all-reduce counts as the ring that it is at best.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, rank: int | None = None, ranks: int | None = None) -> None:
         super().__init__()
-        self.number, self.sent = 0, 0
+        self.number, self.sent, self._group = 0, 0, (rank, ranks)
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function.namespace == "c10d":
@@ -105,7 +115,9 @@ class Messages(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
     def _bytes(self, name: str, args: Any) -> int:
-        ranks, rank = dist.get_world_size(), dist.get_rank()  # one model group is the whole world here
+        rank, ranks = self._group
+        if rank is None or ranks is None:
+            rank, ranks = dist.get_rank(), dist.get_world_size()
         if name == "barrier":
             return 0
         if name == "allreduce_":

@@ -17,11 +17,10 @@ from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any
 
-import torch.distributed as dist
-
 from shardio.rechunk.allocator import keep_freed_memory
 from tools.perf.calibration import Calibration
 from tools.trainer_step import Sizes, Step, on_ranks
+from trainer.comm import Comm
 from trainer.model.kernels import cpp as attention_kernel
 from trainer.plan.live_bytes import LiveBytes
 
@@ -52,20 +51,19 @@ VARIANTS = {
 }
 
 
-def measure(rank: int, group: Any, sizes: Sizes, variant: Variant, repeats: int) -> dict[str, float]:
+def measure(comm: Comm, sizes: Sizes, variant: Variant, repeats: int) -> dict[str, float]:
     """Kernels and seconds of a step, and the peak of living tensors, of one rank."""
     if variant.keep_memory:
         keep_freed_memory()
     if not variant.compiled:
         without: Callable[[], Any] = lambda: (None, "it is left out")  # noqa: E731
         attention_kernel.load = without
-    calibration, step = Calibration(), Step(rank, group, sizes)
+    calibration, step = Calibration(), Step(comm, sizes)
     batch = step.fields()
     step.run(batch)
     runs = []
     for _ in range(repeats):
-        if group is not None:
-            dist.barrier(group)
+        comm.tell(None, "begin together")
         before, began = calibration.seconds(), time.perf_counter()
         step.run(batch)
         seconds = time.perf_counter() - began

@@ -10,15 +10,14 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch.distributed as dist
-
 from shardio.rechunk.allocator import keep_freed_memory
 from tools.perf.calibration import Calibration
 from tools.perf.counters import Counters, bytes_read, count, opens_below, peak_resident
 from tools.perf.grids import Site
-from tools.perf.works import Rechunk, Split, Work, timed_messages, works
+from tools.perf.works import Clocked, Rechunk, Split, Work, works
 from tools.trainer_memory import living_tensors
 from tools.trainer_step import on_ranks
+from trainer.comm import Comm
 
 RANKS = (1, 2)
 WORKS = ("rechunk", "load", "train", "forecast")
@@ -39,37 +38,36 @@ def measure(sites: list[Site], repeats: int, tell: Callable[[str], None] = lambd
     return dict(sorted(found.items()))
 
 
-def measure_rank(rank: int, group: Any, site: Site, repeats: int, only: Collection[str] = WORKS) -> Found:
+def measure_rank(comm: Comm, site: Site, repeats: int, only: Collection[str] = WORKS) -> Found:
     """What one rank finds; all ranks of the world call it together."""
     keep_freed_memory()  # as the command `trainer` does
-    ranks = 1 if group is None else dist.get_world_size(group)
-    calibration, found = Calibration(), {}
-    for name, make in works(rank, group, site):
+    calibration, found, clocked = Calibration(), {}, Clocked(comm)
+    for name, make in works(clocked, site):
         if name not in only:
             continue
         strangers = set(map(id, living_tensors()))
         work = make()
         work.once()  # what is made once, is made
         counters = count(work.once, site.folder, strangers) | work.outcome()
-        times = timed(work, calibration, repeats, group) if repeats else {}
-        found[f"{site.name}/{ranks}/{name}"] = {"units": work.units, "counters": counters} | times
+        times = timed(work, calibration, repeats, clocked) if repeats else {}
+        found[f"{site.name}/{comm.ranks}/{name}"] = {"units": work.units, "counters": counters} | times
         del work
     return found
 
 
-def timed(work: Work, calibration: Calibration, repeats: int, group: Any = None) -> dict[str, Any]:
+def timed(work: Work, calibration: Calibration, repeats: int, comm: Clocked | None = None) -> dict[str, Any]:
     """Seconds and ratios to the calibration kernel of every repeat, and where the seconds of the median went."""
     runs: list[tuple[float, Split, float]] = []
     peak_resident(reset=True)
     for _ in range(repeats):
-        if group is not None:
-            dist.barrier(group)
-        before, messages = calibration.seconds(), {}
-        with timed_messages(messages):
-            split = work.once()
+        if comm is not None:
+            comm.tell(None, "begin together")
+            comm.seconds = 0.0
+        before, split = calibration.seconds(), work.once()
         seconds = sum(split.values())
         kernel = (before + calibration.seconds()) / 2
-        runs.append((seconds, split | (messages if group is not None else {}), seconds / kernel))
+        exchange = {"exchange": comm.seconds} if comm is not None and comm.ranks > 1 else {}
+        runs.append((seconds, split | exchange, seconds / kernel))
     middle = sorted(runs, key=lambda run: run[0])[repeats // 2]
     return {
         "seconds": [run[0] for run in runs],

@@ -8,14 +8,13 @@ from __future__ import annotations
 import shutil
 import time
 import tracemalloc
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-import torch.distributed as dist
+from torch import Tensor
 
 from shardio import Dataset, ShardedDataLoader, Topology, open_dataset
 from shardio.load.partition import Partition, partition
@@ -25,11 +24,14 @@ from shardio.write.output import begin_data
 from tools.perf.counters import Counters, stored
 from tools.perf.grids import FORCINGS, HOURS, Site
 from trainer import predict
+from trainer.comm import Comm, Counting
 from trainer.fit.gradients import reduce_gradients
-from trainer.model.assembly import Place, assemble_areas, assemble_forecaster, assemble_graph, assemble_loss
+from trainer.model.assembly import assemble_areas, assemble_forecaster, assemble_graph, assemble_loss
 from trainer.model.forecaster import Forecaster, Roles
 from trainer.model.loss import LossOptions
 from trainer.predict.forecast import Forecast, Trained, forecast_partition
+from trainer.share import Share
+from trainer.step import forecast_loss
 
 INPUT_STEPS = 2
 STEPS = 3  # of training, in one `once()`
@@ -62,29 +64,23 @@ class Clock:
         self._last = now
 
 
-@contextmanager
-def timed_messages(split: Split) -> Iterator[None]:
-    """Adds the seconds of all collectives as `exchange`; they are part of whatever else was going on."""
-    kept = {name: getattr(dist, name) for name in ("all_to_all_single", "all_reduce")}
-    split["exchange"] = 0.0
+class Clocked(Counting):
+    """A communicator that adds up the seconds of its messages; they are part of whatever else was going on."""
 
-    def timed(call: Callable[..., Any]) -> Callable[..., Any]:
-        def timed_call(*args: Any, **kwargs: Any) -> Any:
-            began = time.perf_counter()
-            try:
-                return call(*args, **kwargs)
-            finally:
-                split["exchange"] += time.perf_counter() - began
+    seconds = 0.0
 
-        return timed_call
+    def all_to_all(self, rows: Tensor, send: Sequence[int], receive: Sequence[int], tag: str) -> Tensor:
+        return self._timed(super().all_to_all, rows, send, receive, tag)
 
-    for name, call in kept.items():
-        setattr(dist, name, timed(call))
-    try:
-        yield
-    finally:
-        for name, call in kept.items():
-            setattr(dist, name, call)
+    def sum(self, tensor: Tensor, tag: str) -> Tensor:
+        return self._timed(super().sum, tensor, tag)
+
+    def _timed(self, send: Callable[..., Tensor], *words: Any) -> Tensor:
+        began = time.perf_counter()
+        try:
+            return send(*words)
+        finally:
+            self.seconds += time.perf_counter() - began
 
 
 class Rechunk:
@@ -130,14 +126,13 @@ class Rechunk:
 class Rank:
     """Where one rank stands in a world that is one model group."""
 
-    def __init__(self, rank: int, group: Any, site: Site):
-        self.ranks = 1 if group is None else dist.get_world_size(group)
-        self.rank, self.group, self.site = rank, group, site
-        self.topology = Topology(self.ranks, rank, self.ranks)
+    def __init__(self, comm: Comm, site: Site):
+        self.comm, self.site = comm, site
+        self.topology = Topology(comm.ranks, comm.rank, comm.ranks)
 
     def loader(self, dataset: Dataset, **more: Any) -> ShardedDataLoader:
         return ShardedDataLoader(
-            dataset, self.topology, shuffle=False, group=self.group, threads=max(1, 2 // self.ranks), **more
+            dataset, self.topology, shuffle=False, group=self.comm.group, threads=max(1, 2 // self.comm.ranks), **more
         )
 
 
@@ -170,11 +165,11 @@ class Model:
         grid, self.rank = rank.site.grid, rank
         last = np.datetime64("2020-01-01", "s") + (INPUT_STEPS + STEPS - 1) * np.timedelta64(HOURS, "h")
         self.dataset = open_dataset(str(rank.site.dataset), end=str(last))
-        self.place = Place(cut(self.dataset, rank.ranks), rank.rank, rank.group)
-        self.graph = assemble_graph(self.dataset, self.place, grid.graph, grid.network)
+        self.share = Share(cut(self.dataset, rank.comm.ranks), rank.comm)
+        self.graph = assemble_graph(self.dataset, self.share, grid.graph, grid.network)
         self.roles = Roles(self.dataset.variables, FORCINGS)
         torch.manual_seed(0)
-        parts = (self.dataset, self.place, self.roles, INPUT_STEPS, grid.network, self.graph)
+        parts = (self.dataset, self.share, self.roles, INPUT_STEPS, grid.network, self.graph)
         self.forecaster: Forecaster = assemble_forecaster(*parts)
 
     @property
@@ -192,8 +187,8 @@ class Train:
     def __init__(self, rank: Rank):
         self._rank = rank
         self._model = Model(rank, lambda dataset, ranks: partition(dataset.shape[3], ranks, dataset.chunk_cells))
-        areas = assemble_areas(self._model.dataset, self._model.place)
-        self._loss = assemble_loss(self._model.forecaster, areas, LossOptions(), self._model.place)
+        areas = assemble_areas(self._model.dataset, self._model.share)
+        self._loss = assemble_loss(self._model.forecaster, areas, LossOptions(), self._model.share)
         self._optimizer = torch.optim.AdamW(self._model.forecaster.parameters())
 
     def once(self) -> Split:
@@ -201,16 +196,14 @@ class Train:
         # A loader keeps so few dates in memory; another one reads them again.
         loader = self._rank.loader(self._model.dataset, input_steps=INPUT_STEPS, target_steps=1)
         for batch in loader:
-            fields = forecaster.normalise(batch.fields)
+            fields = batch.fields
             clock.lap("load")
-            ((prediction, target),) = forecaster.rollout(fields, 1)
-            loss = self._loss(prediction, target).value
+            loss = forecast_loss(forecaster, self._loss, fields, 1).value
             clock.lap("forward")
             self._optimizer.zero_grad()
             loss.backward()
             clock.lap("backward")
-            if self._rank.group is not None:
-                reduce_gradients(forecaster.parameters(), 1, self._rank.group)
+            reduce_gradients(forecaster.parameters(), 1, self._rank.comm)
             clock.lap("reduce")
             self._optimizer.step()
             clock.lap("optimizer")
@@ -229,28 +222,28 @@ class Predict:
     def __init__(self, rank: Rank):
         self._rank, self._model = rank, Model(rank, forecast_partition)
         trained = Trained(self._model.roles, INPUT_STEPS, 3600 * HOURS, {}, {}, "perf")
-        self._forecast = Forecast(trained, self._model.forecaster, self._model.dataset, self._model.place)
-        self._folder = rank.site.folder / f"{rank.site.name}-forecast-{rank.ranks}"
+        self._forecast = Forecast(trained, self._model.forecaster, self._model.dataset, self._model.share)
+        self._folder = rank.site.folder / f"{rank.site.name}-forecast-{rank.comm.ranks}"
         self._folder.mkdir(exist_ok=True)
 
     def once(self) -> Split:
         model, began = self._model, time.perf_counter()
         initial, lead_time = model.dataset.dates[INPUT_STEPS - 1], f"{LEADS * HOURS}h"
-        task = predict.plan(self._forecast.trained, model.dataset, model.place.cells, initial, lead_time, self._folder)
+        task = predict.plan(self._forecast.trained, model.dataset, model.share.cells, initial, lead_time, self._folder)
         written = predict.write(self._forecast, task, overwrite=True, sync=False)
         seconds = time.perf_counter() - began
         return {"compute": seconds - written.waited, "wait for the disk": written.waited}
 
     def outcome(self) -> Counters:
-        if self._rank.rank:  # all ranks wrote to one folder
+        if self._rank.comm.rank:  # all ranks wrote to one folder
             return self._model.rows | {"files": 0, "bytes_written": 0}
         return self._model.rows | stored(self._folder)
 
 
-def works(rank: int, group: Any, site: Site) -> Iterator[tuple[str, Callable[[], Work]]]:
+def works(comm: Comm, site: Site) -> Iterator[tuple[str, Callable[[], Work]]]:
     """All that one rank does on a grid: names, and what makes it ready."""
-    here = Rank(rank, group, site)
-    if group is None:
+    here = Rank(comm, site)
+    if comm.ranks == 1:
         yield "rechunk", lambda: Rechunk(site)
     yield "load", lambda: Load(here)
     yield "train", lambda: Train(here)

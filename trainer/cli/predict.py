@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -18,16 +17,17 @@ from shardio import Dataset, Topology, begun_chunk_cells, open_dataset, sweep_pu
 from shardio.errors import OutputError, SelectionError
 from trainer.cli.flags import Parser, known, meant, parser_of, underscored, unknown
 from trainer.cli.result import one_object
+from trainer.comm import Comm, join_group, join_world
 from trainer.fit.data import ForecastDataModule
 from trainer.fit.module import ForecastModule
 from trainer.fit.run_folder import CHECKPOINTS, RUN
 from trainer.fit.strategy import DDPGroupStrategy
-from trainer.model.assembly import Place
 from trainer.predict.forecast import assemble, forecast_partition
 from trainer.predict.netcdf import export, refuse_own_names
 from trainer.predict.predict import Task, Written, initial_dates, path_of, plan, write
 from trainer.predict.trained import read_trained
 from trainer.ranks.launcher import RankLauncher, started_by_others
+from trainer.share import Share
 
 DESCRIPTION = """Forecast from one or many dates; every rank writes its own grid-chunks of OUTPUT/<initial date>.zarr.
 
@@ -103,8 +103,8 @@ def main(arguments: list[str]) -> None:
 
     fabric = _launch(options, topology.world_size)
     topology = Topology(topology.world_size, fabric.global_rank, topology.model_size)
-    group, whole = _groups(topology, timedelta(seconds=options.timeout_seconds))
-    place = Place(cells, topology.model_rank, group, fabric.device)
+    world = join_world(FOREVER)
+    share = Share(cells, join_group(topology.model_size, timedelta(seconds=options.timeout_seconds)), fabric.device)
     say = print if not options.json else _silent
     with one_object(options.json and topology.rank == 0) as result:
         forecasts: list[dict[str, Any]] = result.setdefault("forecasts", [])
@@ -115,7 +115,7 @@ def main(arguments: list[str]) -> None:
         mine = missing[topology.data_rank :: topology.data_size]
         if mine:
             network = {"num_chunks": options.num_chunks} if options.num_chunks else {}
-            forecast = assemble(trained, dataset, place, **network)
+            forecast = assemble(trained, dataset, share, **network)
         command = shlex.join(["trainer", "predict", *arguments])
         with _Bar(topology.rank == 0) as bar:
             for task in mine:
@@ -124,10 +124,11 @@ def main(arguments: list[str]) -> None:
                 if topology.model_rank == 0:
                     forecasts.append(_result(done))
                     say(_sentence(done), flush=True)
-        result["forecasts"] = _of_all_ranks(forecasts, whole)  # which waits for all of them
+        every = world.gather(forecasts, "results")  # which waits for all of them
+        result["forecasts"] = sorted((one for part in every for one in part), key=lambda one: str(one["path"]))
         paths = [task.path for task in tasks]
         if options.evaluate:
-            scores, text = _evaluate(options, config, paths, dataset, place, topology, whole)
+            scores, text = _evaluate(options, config, paths, dataset, share, topology, world)
             result |= scores
             if topology.rank == 0:
                 say(text, flush=True)
@@ -254,25 +255,15 @@ def _launch(options: Any, world: int) -> Any:
     return fabric
 
 
-def _groups(topology: Topology, timeout: timedelta) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
-    """The model group and all ranks, None for one; every rank makes all groups, in the same order."""
-    if topology.world_size == 1:
-        return None, None
-    size = topology.model_size
-    firsts = range(0, topology.world_size, size) if size > 1 else ()
-    groups = [dist.new_group(list(range(first, first + size)), timeout=timeout) for first in firsts]
-    return groups[topology.rank // size] if groups else None, dist.new_group(timeout=FOREVER)
-
-
 # ----------------------------------------------------------------------------------------------------------- the result
 def _evaluate(
     options: Any,
     config: dict[str, Any],
     paths: list[Path],
     dataset: Dataset,
-    place: Place,
+    share: Share,
     topology: Topology,
-    whole: dist.ProcessGroup | None,
+    world: Comm,
 ) -> tuple[dict[str, Any], str]:
     """Scores of all forecasts on all ranks, and a table of them; each model group reads those of its dates."""
     from trainer.predict.evaluate import evaluate
@@ -281,23 +272,14 @@ def _evaluate(
     data, folder, first = config.get("data") or {}, Path(options.output), topology.rank == 0
     period = (data.get("train_start"), data.get("train_end")) if data.get("train_end") else None
     mine = slice(topology.data_rank, None, topology.data_size)
-    scores = evaluate(paths, dataset, place.owned, whole, period, mine)
+    scores = evaluate(paths, dataset, share.owned, world, period, mine)
     if first:
         scores.write(folder / "scores.csv")
         draw_skill(folder / "skill.png", scores)
     if topology.data_rank == 0:
-        draw_maps(folder / "maps.png", paths[0], dataset, place.owned, place.group, shown=first)
+        draw_maps(folder / "maps.png", paths[0], dataset, share.owned, share.comm, shown=first)
     files = [str(folder / name) for name in ("scores.csv", "skill.png", "maps.png")]
     return {"scores": list(scores.rows()), "climatology": scores.climatology, "files": files}, str(scores)
-
-
-def _of_all_ranks(mine: list[dict[str, Any]], whole: dist.ProcessGroup | None) -> list[dict[str, Any]]:
-    """What the ranks made, by path."""
-    parts: list[Any] = [mine]
-    if whole is not None:
-        parts = [None] * dist.get_world_size(whole)
-        dist.all_gather_object(parts, mine, whole)
-    return sorted((one for part in parts for one in part), key=lambda one: str(one["path"]))
 
 
 def _result(done: Written) -> dict[str, Any]:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
@@ -45,9 +44,8 @@ class LossCurve(Callback):
         self._losses.clear()
         if self._step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
             return
-        if trainer.world_size > 1:
-            dist.all_reduce(loss)
-            loss /= trainer.world_size
+        world = trainer.strategy.world  # type: ignore[attr-defined]
+        loss = world.sum(loss, "curves") / world.ranks
         for logger in trainer.loggers:
             logger.log_metrics({TRAINING: float(loss), RATE: self._rate}, step=self._step)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from shardio import Dataset, Partition, ShardedBatch, ShardedDataLoader, Topology, open_dataset, partition, valid_starts
 from shardio.errors import DatasetError, SelectionError
 from trainer.fit.strategy import DDPGroupStrategy
+from trainer.share import Share
 
 Dates = tuple[str | int | None, str | int | None]  # first and last
 
@@ -135,9 +136,9 @@ class ForecastDataModule(LightningDataModule):
         return partition(self.dataset.shape[3], self.topology.model_size, self.dataset.chunk_cells)
 
     @property
-    def cells(self) -> slice:
-        """The cells that this rank owns."""
-        return self.partition.cells(self.topology.model_rank)
+    def share(self) -> Share:
+        """What this rank has of the work."""
+        return Share(self.partition, self.strategy.model_comm, self.strategy.root_device)
 
     @property
     def samples_per_step(self) -> int:
@@ -197,7 +198,7 @@ class ForecastDataModule(LightningDataModule):
         """Without keep_batch_sharded all cells arrived: from here on the rank keeps its own only."""
         fields = batch.to(device)
         if not self.keep_batch_sharded:
-            fields = fields[..., self.cells, :]
+            fields = fields[..., self.share.owned, :]
         return Batch(fields, batch.dates, batch.padding)
 
     def _open(self, dates: Dates) -> Dataset:
@@ -229,7 +230,7 @@ class ForecastDataModule(LightningDataModule):
             seed=self.seed,
             drop_last=shuffle,
             keep_batch_sharded=self.keep_batch_sharded,
-            group=self.strategy.model_group,
+            group=self.strategy.model_comm.group,
             device=self.strategy.root_device,
             **self._read,
         )

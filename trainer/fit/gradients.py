@@ -12,46 +12,47 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+
+from trainer.comm import Comm
 
 BUCKET_BYTES = 64 * 2**20
 
 
-def reduce_gradients(
-    parameters: Iterable[torch.nn.Parameter], data_size: int, group: dist.ProcessGroup | None = None
-) -> None:
+def reduce_gradients(parameters: Iterable[torch.nn.Parameter], data_size: int, comm: Comm) -> None:
     """Replace each rank's gradients by the sum over the model group and the mean over the data group.
 
-    All ranks of `group` call it together, with the same parameters in the same order. A parameter without a gradient
-    on this rank counts as zero, as on one rank after `fill_gradients`. Buckets depend on the parameters alone: the
+    All ranks of `comm` call it together, with the same parameters in the same order. A parameter without a gradient
+    on this rank counts as zero, also where there is one rank. Buckets depend on the parameters alone: the
     order of sums is the same in every step.
 
     Args:
       parameters: of the model; those that are frozen are skipped.
       data_size: D.
-      group: model groups x data groups; None for the world.
+      comm: model groups x data groups.
     """
     trained = [parameter for parameter in parameters if parameter.requires_grad]
-    fill_gradients(trained)
+    _fill_gradients(trained)
+    if comm.ranks == 1:
+        return
     for bucket in _buckets(trained):
         gradients = [parameter.grad for parameter in bucket if parameter.grad is not None]
         flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-        dist.all_reduce(flat, group=group)
+        comm.sum(flat, "gradients")
         flat /= data_size
         sizes = [gradient.numel() for gradient in gradients]
         for gradient, part in zip(gradients, flat.split(sizes), strict=True):
             gradient.copy_(part.view_as(gradient))
 
 
-def fill_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
+def _fill_gradients(parameters: list[torch.nn.Parameter]) -> None:
     """Zero where a parameter has no gradient: optimizers that decay weights treat zero and none differently.
 
     On several ranks none of them knows without a message whether another has a gradient; so that one rank trains as
     many do, it takes zeros too.
     """
     for parameter in parameters:
-        if parameter.requires_grad and parameter.grad is None:
+        if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
 
 
@@ -69,7 +70,7 @@ def _buckets(parameters: list[torch.nn.Parameter]) -> list[list[torch.nn.Paramet
     return buckets
 
 
-def broadcast_parameters(tensors: Iterable[Tensor], group: dist.ProcessGroup | None = None) -> None:
+def broadcast_parameters(tensors: Iterable[Tensor], comm: Comm) -> None:
     """Give all ranks the values of the first: what was drawn at random is then equal, whatever the ranks drew."""
     for tensor in tensors:
-        dist.broadcast(tensor, src=0, group=group)
+        comm.copy_first(tensor, "weights")

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
+
+from trainer.comm import Alone, Comm
 
 
 class ErrorSums:
@@ -17,10 +18,11 @@ class ErrorSums:
     Args:
       areas: [cells/M].
       shape: lead times and variables.
+      comm: all ranks.
     """
 
-    def __init__(self, areas: Tensor, shape: tuple[int, int]) -> None:
-        self.areas = areas.double()
+    def __init__(self, areas: Tensor, shape: tuple[int, int], comm: Comm | None = None) -> None:
+        self.areas, self.comm = areas.double(), comm or Alone()
         self.squares, self.weights = (torch.zeros(shape, dtype=torch.float64, device=areas.device) for _ in range(2))
 
     def add(self, lead: int, error: Tensor, known: Tensor) -> None:
@@ -33,10 +35,9 @@ class ErrorSums:
         self.weights[lead] += weight.sum(dim=(0, 1, 2))
 
     def root_mean_square(self) -> Tensor:
-        """[lead times, variables] float64, of all ranks of the world; NaN where nothing was counted."""
+        """[lead times, variables] float64, of all ranks; NaN where nothing was counted."""
         sums = torch.stack([self.squares, self.weights])
-        if dist.is_initialized():
-            dist.all_reduce(sums)
+        self.comm.sum(sums, "validation")
         return (sums[0] / sums[1]).sqrt()
 
 

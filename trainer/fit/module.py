@@ -15,11 +15,11 @@ from shardio.dates import format_step
 from shardio.errors import DatasetError, PlanError
 from trainer.fit.curves import SKILL
 from trainer.fit.data import Batch, ForecastDataModule
+from trainer.fit.health import check_input, explain_divergence
 from trainer.fit.metrics import ErrorSums, Scores
 from trainer.fit.optimizer import OptimizerOptions, build_optimizer, follow_batch
 from trainer.graph.graph import GraphOptions
 from trainer.model.assembly import (
-    Place,
     assemble_areas,
     assemble_forecaster,
     assemble_graph,
@@ -27,9 +27,11 @@ from trainer.model.assembly import (
     grid_digest,
 )
 from trainer.model.forecaster import Forecaster, Roles
-from trainer.model.loss import Loss, LossOptions
+from trainer.model.loss import LossOptions
 from trainer.model.model import ModelOptions
 from trainer.ranks.failure import say
+from trainer.share import Share
+from trainer.step import forecast_loss
 
 
 @dataclass(frozen=True)
@@ -105,10 +107,9 @@ class ForecastModule(LightningModule):
         return data
 
     @property
-    def place(self) -> Place:
-        """Where this rank stands in its model group."""
-        strategy = self.data.strategy
-        return Place(self.data.partition, self.data.topology.model_rank, strategy.model_group, strategy.root_device)
+    def share(self) -> Share:
+        """What this rank has of the work."""
+        return self.data.share
 
     def roles(self) -> Roles:
         """Of the dataset's variables."""
@@ -124,12 +125,12 @@ class ForecastModule(LightningModule):
             self._build()
 
     def _build(self) -> None:
-        dataset, place, network = self.data.dataset, self.place, self.network_options
+        dataset, share, network = self.data.dataset, self.share, self.network_options
         say("building the graph")
-        graph = assemble_graph(dataset, place, self.graph_options, network, self.graph_cache)
-        self.forecaster = assemble_forecaster(dataset, place, self.roles(), self.data.input_steps, network, graph)
-        self.areas = assemble_areas(dataset, place)
-        self.loss = assemble_loss(self.forecaster, self.areas, self.loss_options, place)
+        graph = assemble_graph(dataset, share, self.graph_options, network, self.graph_cache)
+        self.forecaster = assemble_forecaster(dataset, share, self.roles(), self.data.input_steps, network, graph)
+        self.areas = assemble_areas(dataset, share)
+        self.loss = assemble_loss(self.forecaster, self.areas, self.loss_options, share)
 
     def configure_optimizers(self) -> Any:
         steps = int(self.trainer.estimated_stepping_batches)
@@ -149,47 +150,21 @@ class ForecastModule(LightningModule):
         assert self.forecaster is not None
         steps = self.rollout.steps(self.current_epoch)
         self._check_input(batch, steps)
-        fields = self.forecaster.normalise(batch.fields[:, : self.forecaster.input_steps + steps])
-        losses = [self.loss(*pair) for pair in self.forecaster.rollout(fields, steps)]
-        loss = torch.stack([one.value for one in losses]).mean()
-        if not torch.isfinite(loss):
-            self._tell_divergence(batch, losses)
-        self.log("train/loss", loss.detach(), prog_bar=True, logger=False, batch_size=len(batch.fields))
-        return loss
+        loss = forecast_loss(self.forecaster, self.loss, batch.fields, steps)
+        if not torch.isfinite(loss.value):
+            dates = batch.dates[:, self.forecaster.input_steps :]
+            explain_divergence(loss.leads, dates, self.forecaster.roles.outputs, self.global_step)
+        self.log("train/loss", loss.value.detach(), prog_bar=True, logger=False, batch_size=len(batch.fields))
+        return loss.value
 
     def _check_input(self, batch: Batch, steps: int) -> None:
-        """DatasetError, with variable and date, if a value that is used is not finite and may not be so."""
         assert self.forecaster is not None
-        used = batch.fields[:, : self.forecaster.input_steps + steps]
-        if torch.isfinite(used.sum()):  # one pass, no memory
-            return
-        roles = self.forecaster.roles
-        wrong = (~torch.isfinite(used)).sum(dim=(2, 3))  # [batch, time, variables]
-        wrong[..., roles.places(self.allow_nan)] = 0
-        wrong[:, : self.forecaster.input_steps, roles.places(self.diagnostics)] = 0
-        for sample, time, variable in wrong.nonzero().tolist():
-            raise DatasetError(
-                f"{roles.variables[variable]} of {batch.dates[sample, time]} is not finite in "
-                f"{int(wrong[sample, time, variable])} of the {used.shape[3]} cells of this rank, which would spoil "
-                f"the training (step {self.global_step}). Leave the date or the variable out, or name the variable in "
-                "--model.allow_nan if NaN means 'no value here'."
-            )
-
-    def _tell_divergence(self, batch: Batch, losses: list[Loss]) -> None:
-        """Stop, and say which forecast is not finite. All ranks of the model group come here."""
-        assert self.forecaster is not None
-        sums = torch.stack([one.sums for one in losses])
-        step, sample, _, output = (~torch.isfinite(sums)).nonzero()[0].tolist()
-        date = batch.dates[sample, self.forecaster.input_steps + step]
-        raise PlanError(
-            f"the forecast of {self.forecaster.roles.outputs[output]} for {date} is not finite in step "
-            f"{self.global_step}, though its input is: the training diverged. Lower --model.optimizer.learning_rate, "
-            "or resume from an earlier checkpoint with --trainer.gradient_clip_val 1."
-        )
+        inputs, roles = self.forecaster.input_steps, self.forecaster.roles
+        check_input(batch.fields[:, : inputs + steps], batch.dates, inputs, roles, self.global_step)
 
     def on_validation_epoch_start(self) -> None:
         shape = self.validation_steps, len(self.roles().outputs)
-        self._errors, self._persistence = (ErrorSums(self.areas, shape) for _ in range(2))
+        self._errors, self._persistence = (ErrorSums(self.areas, shape, self.data.strategy.world) for _ in range(2))
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         assert self.forecaster is not None

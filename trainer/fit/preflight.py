@@ -6,6 +6,7 @@ from lightning import Trainer
 
 from shardio import balanced, partition
 from shardio.errors import PlanError, SelectionError
+from trainer.comm import Alone
 from trainer.fit.data import ForecastDataModule
 from trainer.fit.module import ForecastModule
 from trainer.fit.strategy import DDPGroupStrategy
@@ -33,7 +34,7 @@ def check(trainer: Trainer, module: ForecastModule, data: ForecastDataModule) ->
         )
     data.check_windows(topology, module)
     if module.network_options.shard_strategy == "heads":
-        cut = HeadExchange(None, 0, balanced(topology.model_size, topology.model_size))
+        cut = HeadExchange(Alone(), balanced(topology.model_size, topology.model_size))
         cut.heads(module.network_options.num_heads)
     _check_mesh(module, data, topology.model_size)
 

@@ -14,15 +14,15 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
-import torch.distributed as dist
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
 from shardio import Topology
 from shardio.errors import TopologyError
+from trainer.comm import Alone, Comm, join_group, join_world
 from trainer.fit.checkpoint import AtomicCheckpointIO
-from trainer.fit.gradients import broadcast_parameters, fill_gradients, reduce_gradients
+from trainer.fit.gradients import broadcast_parameters, reduce_gradients
 from trainer.ranks.launcher import RankLauncher
 
 
@@ -36,6 +36,10 @@ class DDPGroupStrategy(DDPStrategy):
       read_group_size: R, ranks that together read one sample; divides M. Default M.
       timeout_seconds: after which a rank gives up waiting for another.
       process_group_backend: gloo or nccl. Default: by device.
+
+    Attributes:
+      world: all ranks.
+      model_comm: those that hold this rank's model.
     """
 
     strategy_name = "ddp_group"
@@ -55,7 +59,8 @@ class DDPGroupStrategy(DDPStrategy):
             process_group_backend=process_group_backend,
         )
         self.num_gpus_per_model, self.read_group_size = num_gpus_per_model, read_group_size
-        self._groups: tuple[dist.ProcessGroup, ...] = ()
+        self.world: Comm = Alone()
+        self.model_comm: Comm = Alone()
         self._sync = True
 
     @property
@@ -64,29 +69,22 @@ class DDPGroupStrategy(DDPStrategy):
         world = self.num_nodes * self.num_processes
         return Topology(world, self.global_rank, self.num_gpus_per_model, self.read_group_size)
 
-    @property
-    def model_group(self) -> dist.ProcessGroup | None:
-        """The ranks that hold this rank's model; None for one rank."""
-        return self._groups[self.topology.rank // self.num_gpus_per_model] if self._groups else None
-
     def _configure_launcher(self) -> None:
         assert self.cluster_environment is not None
         self._launcher = RankLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
 
     def setup_environment(self) -> None:
-        """Start the process group, then the model groups: every rank makes all groups, in the same order."""
-        size = self.num_gpus_per_model
-        world = self.topology.world_size
+        """Start the process group, then the model groups."""
+        _ = self.topology  # refused before any rank waits for another
         super().setup_environment()
-        if size > 1 and not self._groups:
-            firsts = range(0, world, size)
-            groups = [dist.new_group(list(range(first, first + size)), timeout=self._timeout) for first in firsts]
-            self._groups = tuple(groups)
+        if self.world.ranks == 1:
+            self.world = join_world()
+            self.model_comm = join_group(self.num_gpus_per_model, self._timeout)
 
     def configure_ddp(self) -> None:
         """No wrapper around the module: gradients are reduced in `post_backward`."""
         assert self.model is not None
-        broadcast_parameters(parameter.data for parameter in self.model.parameters())
+        broadcast_parameters((parameter.data for parameter in self.model.parameters()), self.world)
 
     def on_train_start(self) -> None:
         """SIGTERM stops as Ctrl-C does: Lightning's handler would broadcast amid whatever the ranks are exchanging."""
@@ -98,10 +96,7 @@ class DDPGroupStrategy(DDPStrategy):
         if not self._sync:
             return
         assert self.lightning_module is not None
-        if self.topology.world_size > 1:
-            reduce_gradients(self.lightning_module.parameters(), self.topology.data_size)
-        else:
-            fill_gradients(self.lightning_module.parameters())
+        reduce_gradients(self.lightning_module.parameters(), self.topology.data_size, self.world)
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:

@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from shardio.errors import PlanError, TopologyError
+from trainer.comm import Comm
 
 
 @dataclass(frozen=True)
@@ -45,14 +45,16 @@ class Halo:
     """Who sends which rows to whom, as one rank sees it.
 
     Attributes:
-      group: the model group; None for the world, or for one rank.
+      comm: the model group.
+      part: of the model, whose rows these are; the tag of the messages.
       owned: rows that this rank owns, nodes/M.
       send: int64 [sent], owned rows that others need, by receiver, then by id.
       send_counts, receive_counts: [M], rows for and from every rank.
       source: int64 [edges/M], where each edge starts in the rows that `exchange` returns.
     """
 
-    group: dist.ProcessGroup | None
+    comm: Comm
+    part: str
     owned: int
     send: Tensor
     send_counts: tuple[int, ...]
@@ -78,23 +80,24 @@ class Halo:
 def build_halo(
     source: NDArray[np.int64],
     bounds: Sequence[int],
-    rank: int,
-    group: dist.ProcessGroup | None = None,
+    comm: Comm,
     device: torch.device | str = "cpu",
+    part: str = "rows",
 ) -> Halo:
     """Agree on the halo: every rank tells the owners which rows it needs. All ranks of the group call it together.
 
     Args:
       source: [edges/M], global ids of the nodes at which this rank's edges start, in any order.
       bounds: [M + 1], first node that every rank owns, then the number of nodes; the same on all ranks.
-      rank: in the group.
-      group: the model group; None for the world. With M = 1 no process group is needed.
+      comm: the model group.
       device: where the indices live, and, for the backend's sake, travel.
+      part: of the model, whose rows these are.
 
-    Raises: TopologyError if the group has other ranks than the bounds, or its ranks have other bounds; PlanError if a
+    Raises: TopologyError if there are other ranks than the bounds say, or they have other bounds; PlanError if a
       source is no node.
     """
-    _check_group(group, len(bounds) - 1, rank)
+    _check_ranks(comm, len(bounds) - 1)
+    rank = comm.rank
     first, last = bounds[rank], bounds[rank + 1]
     if source.size and not 0 <= source.min() <= source.max() < bounds[-1]:
         raise PlanError(
@@ -105,33 +108,29 @@ def build_halo(
     needed = np.unique(source[remote])  # owners hold contiguous ids: this is by owner, then by id
     receive_counts = np.diff(np.searchsorted(needed, bounds))
     local = np.where(remote, last - first + np.searchsorted(needed, source), source - first)
-    wanted, send_counts = _ask(needed, receive_counts, group, device)
+    wanted, send_counts = _ask(needed, receive_counts, comm, device)
     if wanted.numel() and not first <= wanted.min() <= wanted.max() < last:
         raise TopologyError(
             f"rank {rank} owns nodes {first} to {last - 1}, but is asked for {wanted.min()} to {wanted.max()}. "
             "Give the same bounds on all ranks."
         )
     counts = tuple(send_counts), tuple(receive_counts.tolist())
-    return Halo(group, last - first, wanted - first, *counts, torch.from_numpy(local).to(device))
+    return Halo(comm, part, last - first, wanted - first, *counts, torch.from_numpy(local).to(device))
 
 
 def _ask(
     needed: NDArray[np.int64],
     receive_counts: NDArray[np.int64],
-    group: dist.ProcessGroup | None,
+    comm: Comm,
     device: torch.device | str,
 ) -> tuple[Tensor, list[int]]:
     """Send to every rank the ids needed of it. Returns the ids [sent] that the ranks need of this one, and how many."""
     if receive_counts.size == 1:
         return torch.empty(0, dtype=torch.int64, device=device), [0]
     asked = torch.from_numpy(receive_counts).to(device)
-    counts = torch.empty_like(asked)
-    dist.all_to_all_single(counts, asked, group=group)
-    send_counts = counts.tolist()
-    wanted = torch.empty(sum(send_counts), dtype=torch.int64, device=device)
-    dist.all_to_all_single(
-        wanted, torch.from_numpy(needed).to(device), send_counts, receive_counts.tolist(), group=group
-    )
+    each = [1] * comm.ranks
+    send_counts = comm.all_to_all(asked, each, each, "halo").tolist()
+    wanted = comm.all_to_all(torch.from_numpy(needed).to(device), receive_counts.tolist(), send_counts, "halo")
     return wanted, send_counts
 
 
@@ -159,7 +158,7 @@ def fetch(owned: Tensor, halo: Halo) -> Tensor:
     _check_rows(owned, halo)
     if halo.ranks == 1:
         return owned[..., :0, :]
-    _check_group(halo.group, halo.ranks)
+    _check_ranks(halo.comm, halo.ranks)
     fetched: Tensor = _Fetch.apply(owned, halo)  # type: ignore[no-untyped-call]
     return fetched
 
@@ -177,8 +176,7 @@ class _Fetch(torch.autograd.Function):
     def forward(ctx: Any, owned: Tensor, halo: Halo) -> Tensor:
         ctx.halo = halo
         rows = owned.movedim(-2, 0).index_select(0, halo.send).contiguous()
-        received = rows.new_empty((sum(halo.receive_counts), *rows.shape[1:]))
-        _all_to_all(received, rows, halo.receive_counts, halo.send_counts, halo.group)
+        received = halo.comm.all_to_all(rows, halo.send_counts, halo.receive_counts, f"{halo.part} forward")
         return received.movedim(0, -2)
 
     @staticmethod
@@ -186,8 +184,7 @@ class _Fetch(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         halo: Halo = ctx.halo
         lent = gradient.movedim(-2, 0).contiguous()
-        returned = lent.new_empty((sum(halo.send_counts), *lent.shape[1:]))
-        _all_to_all(returned, lent, halo.send_counts, halo.receive_counts, halo.group)
+        returned = halo.comm.all_to_all(lent, halo.receive_counts, halo.send_counts, f"{halo.part} backward")
         owned = lent.new_zeros((halo.owned, *lent.shape[1:]))
         # A rank asks for a row once, so that no index occurs twice in one index_add_: the order of sums is fixed.
         counts = list(halo.send_counts)
@@ -196,30 +193,9 @@ class _Fetch(torch.autograd.Function):
         return owned.movedim(0, -2), None
 
 
-def _all_to_all(
-    received: Tensor,
-    sent: Tensor,
-    receive_counts: tuple[int, ...],
-    send_counts: tuple[int, ...],
-    group: dist.ProcessGroup | None,
-) -> None:
-    dist.all_to_all_single(received, sent, list(receive_counts), list(send_counts), group=group)
-
-
-def _check_group(group: dist.ProcessGroup | None, ranks: int, rank: int | None = None) -> None:
-    """TopologyError unless the group has `ranks` ranks, and this is `rank` of them; one rank needs no group."""
-    if rank is not None and not 0 <= rank < ranks:
-        raise TopologyError(f"rank {rank} is not in a model group of {ranks}. Ranks count from 0.")
-    if ranks == 1:
-        return
-    ready = dist.is_available() and dist.is_initialized()
-    size = dist.get_world_size(group) if ready else 1
-    if size != ranks:
+def _check_ranks(comm: Comm, ranks: int) -> None:
+    if comm.ranks != ranks:
         raise TopologyError(
-            f"the halo is for {ranks} ranks, the process group has {size}. Give the model group, and build the halo "
-            "anew when it changes."
-        )
-    if rank is not None and dist.get_rank(group) != rank:
-        raise TopologyError(
-            f"this is rank {dist.get_rank(group)} of its group, not {rank}. Give its place in the group."
+            f"the halo is for {ranks} ranks, the model group has {comm.ranks}. Give the model group, and build the "
+            "halo anew when it changes."
         )

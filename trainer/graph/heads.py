@@ -14,21 +14,20 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from shardio import balanced
 from shardio.errors import TopologyError
+from trainer.comm import Comm
 from trainer.graph.graph import Edges, Graph
 
 
 @dataclass(frozen=True, eq=False)
 class HeadExchange:
-    """Attributes: the model group, the place of this rank in it, and the first node of every rank [M + 1]."""
+    """Attributes: the model group, and the first node of every rank [M + 1]."""
 
-    group: dist.ProcessGroup | None
-    rank: int
+    comm: Comm
     bounds: tuple[int, ...]
 
     def heads(self, heads: int) -> tuple[int, ...]:
@@ -75,70 +74,61 @@ class _ToHeads(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, plan: HeadExchange) -> Tensor:
         ctx.plan, ctx.heads = plan, rows.shape[2]
-        return _nodes_to_heads(rows, plan)
+        return _nodes_to_heads(rows, plan, "forward")
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return _heads_to_nodes(gradient, ctx.plan, ctx.heads), None
+        return _heads_to_nodes(gradient, ctx.plan, ctx.heads, "backward"), None
 
 
 class _ToNodes(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, plan: HeadExchange, heads: int) -> Tensor:
         ctx.plan = plan
-        return _heads_to_nodes(rows, plan, heads)
+        return _heads_to_nodes(rows, plan, heads, "forward")
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return _nodes_to_heads(gradient, ctx.plan), None, None
+        return _nodes_to_heads(gradient, ctx.plan, "backward"), None, None
 
 
-def _nodes_to_heads(rows: Tensor, plan: HeadExchange) -> Tensor:
+def _nodes_to_heads(rows: Tensor, plan: HeadExchange, way: str) -> Tensor:
     batch, nodes, heads, channels = rows.shape
     width = _sizes(plan.heads(heads))
-    mine, sizes = width[plan.rank], plan.sizes
+    mine, sizes = width[plan.comm.rank], plan.sizes
     sent = torch.cat([part.reshape(-1) for part in rows.split(width, dim=2)])
-    received = rows.new_empty(batch * plan.bounds[-1] * mine * channels)
     unit = batch * channels
-    _all_to_all(received, sent, [size * mine * unit for size in sizes], [nodes * w * unit for w in width], plan)
-    parts = received.split([size * mine * unit for size in sizes])
+    receive = [size * mine * unit for size in sizes]
+    received = plan.comm.all_to_all(sent, [nodes * w * unit for w in width], receive, f"processor {way}")
+    parts = received.split(receive)
     shaped = [part.view(batch, size, mine, channels) for part, size in zip(parts, sizes, strict=True)]
     return torch.cat(shaped, dim=1)
 
 
-def _heads_to_nodes(rows: Tensor, plan: HeadExchange, heads: int) -> Tensor:
+def _heads_to_nodes(rows: Tensor, plan: HeadExchange, heads: int, way: str) -> Tensor:
     batch, _, mine, channels = rows.shape
     width = _sizes(plan.heads(heads))
-    nodes, unit, sizes = plan.sizes[plan.rank], batch * channels, plan.sizes
+    nodes, unit, sizes = plan.sizes[plan.comm.rank], batch * channels, plan.sizes
     sent = torch.cat([part.reshape(-1) for part in rows.split(sizes, dim=1)])
-    received = rows.new_empty(batch * nodes * heads * channels)
-    _all_to_all(received, sent, [nodes * w * unit for w in width], [size * mine * unit for size in sizes], plan)
-    parts = received.split([nodes * w * unit for w in width])
+    receive = [nodes * w * unit for w in width]
+    received = plan.comm.all_to_all(sent, [size * mine * unit for size in sizes], receive, f"processor {way}")
+    parts = received.split(receive)
     return torch.cat([part.view(batch, nodes, w, channels) for part, w in zip(parts, width, strict=True)], dim=2)
 
 
-def _all_to_all(received: Tensor, sent: Tensor, receive: list[int], send: list[int], plan: HeadExchange) -> None:
-    dist.all_to_all_single(received, sent, receive, send, group=plan.group)
-
-
-def gather_edges(graph: Graph, group: dist.ProcessGroup | None, device: torch.device | str) -> Edges:
+def gather_edges(graph: Graph, comm: Comm, device: torch.device | str) -> Edges:
     """The processor's edges of all ranks: with cut heads a rank attends along every edge."""
     mine = graph.processor
-    sources = _gather(torch.from_numpy(mine.source), graph, group, device)
-    destinations = _gather(torch.from_numpy(mine.destination + graph.hidden.start), graph, group, device)
-    features = _gather(torch.from_numpy(mine.features), graph, group, device)
-    return Edges(sources.numpy(), destinations.numpy(), features.numpy(), graph.hidden_bounds[-1])
+    parts = mine.source, mine.destination + graph.hidden.start, mine.features
+    source, destination, features = (_gather(torch.from_numpy(part).to(device), comm) for part in parts)
+    return Edges(source.numpy(), destination.numpy(), features.numpy(), graph.hidden_bounds[-1])
 
 
-def _gather(part: Tensor, graph: Graph, group: dist.ProcessGroup | None, device: torch.device | str) -> Tensor:
+def _gather(part: Tensor, comm: Comm) -> Tensor:
     """The parts of all ranks, of any lengths, one after the other."""
-    ranks, part = graph.cells.ranks, part.to(device)
-    counts = torch.empty(ranks, dtype=torch.int64, device=device)
-    dist.all_to_all_single(counts, torch.full_like(counts, len(part)), group=group)
-    lengths = [int(count) for count in counts.tolist()]
-    every = part.new_empty((sum(lengths), *part.shape[1:]))
-    sent = part.repeat(ranks, *[1] * (part.ndim - 1))
-    dist.all_to_all_single(every, sent, lengths, [len(part)] * ranks, group=group)
-    return every.cpu()
+    each = [1] * comm.ranks
+    lengths = comm.all_to_all(torch.full((comm.ranks,), len(part), device=part.device), each, each, "edges").tolist()
+    everyone = part.repeat(comm.ranks, *[1] * (part.ndim - 1))
+    return comm.all_to_all(everyone, [len(part)] * comm.ranks, lengths, "edges").cpu()

@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
 from shardio import balanced
 from shardio.errors import PlanError
+from trainer.comm import Alone, Comm
 from trainer.graph.edge_lists import EdgeLists
 from trainer.graph.graph import Edges, Graph
 from trainer.graph.halo import Halo, build_halo, exchange
@@ -85,7 +85,7 @@ class ShardedGraph:
 
 def shard_graph(
     graph: Graph,
-    group: dist.ProcessGroup | None = None,
+    comm: Comm | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     num_chunks: int = 1,
@@ -95,7 +95,7 @@ def shard_graph(
 
     Args:
       graph: of this rank.
-      group: the model group; None for the world, or for one rank.
+      comm: the model group.
       device: where the tensors live.
       dtype: of coordinates and edge features.
       num_chunks: ranges of destinations that encoder and decoder compute one after the other.
@@ -106,17 +106,17 @@ def shard_graph(
         raise PlanError(f"shard_strategy {shard_strategy!r} is unknown. Use one of: {', '.join(SHARD_STRATEGIES)}.")
     if num_chunks < 1:
         raise PlanError(f"num_chunks is {num_chunks}. Use 1 or more.")
-    put = _Put(device, dtype)
-    encoder_halo = build_halo(graph.encoder.source, graph.cells.bounds, graph.rank, group, device)
-    decoder_halo = build_halo(graph.decoder.source, graph.hidden_bounds, graph.rank, group, device)
+    put, comm = _Put(device, dtype), comm or Alone()
+    encoder_halo = build_halo(graph.encoder.source, graph.cells.bounds, comm, device, "encoder")
+    decoder_halo = build_halo(graph.decoder.source, graph.hidden_bounds, comm, device, "decoder")
     if shard_strategy == "heads" and graph.cells.ranks > 1:
-        edges = gather_edges(graph, group, device)
-        processor_halo = build_halo(np.empty(0, np.int64), graph.hidden_bounds, graph.rank, group, device)
+        edges = gather_edges(graph, comm, device)
+        processor_halo = build_halo(np.empty(0, np.int64), graph.hidden_bounds, comm, device, "processor")
         every = slice(0, edges.destinations)
         processor = Links(processor_halo, (_chunk(edges, edges.source, edges.destinations, every, put),))
-        heads = HeadExchange(group, graph.rank, graph.hidden_bounds)
+        heads = HeadExchange(comm, graph.hidden_bounds)
     else:
-        processor_halo = build_halo(graph.processor.source, graph.hidden_bounds, graph.rank, group, device)
+        processor_halo = build_halo(graph.processor.source, graph.hidden_bounds, comm, device, "processor")
         processor, heads = _links(graph.processor, processor_halo, 1, put), None
     return ShardedGraph(
         exchange(put.places(graph.cell_coordinates), encoder_halo),

@@ -3,78 +3,57 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from shardio import Dataset, Partition
+from shardio import Dataset
 from trainer.graph.graph import GraphOptions, build_graph
 from trainer.graph.grid import cell_areas
 from trainer.graph.sharded_graph import ShardedGraph, shard_graph
 from trainer.model.forecaster import Forecaster, Roles
-from trainer.model.loss import AreaLoss, LossOptions, variable_weights
+from trainer.model.loss import LossOptions, build_loss, variable_weights
+from trainer.model.losses.measured import Loss, Weighing
 from trainer.model.model import ModelOptions
 from trainer.model.tendencies import relative_tendencies
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a rank stands in its model group.
-
-    Attributes:
-      cells: who owns which cells.
-      rank: in the model group.
-      group: the model group; None for one rank.
-      device: on which it computes.
-    """
-
-    cells: Partition
-    rank: int = 0
-    group: dist.ProcessGroup | None = None
-    device: torch.device | str = "cpu"
-
-    @property
-    def owned(self) -> slice:
-        """The cells that the rank owns."""
-        return self.cells.cells(self.rank)
+from trainer.share import Share
 
 
 def assemble_graph(
-    dataset: Dataset, place: Place, graph: GraphOptions, network: ModelOptions, cache: str | None = None
+    dataset: Dataset, share: Share, graph: GraphOptions, network: ModelOptions, cache: str | None = None
 ) -> ShardedGraph:
     """This rank's part of the graph, ready to compute on. All ranks of the group call it together."""
     options = replace(graph, processor_layers=network.num_layers)
-    part = build_graph(dataset.latitudes, dataset.longitudes, place.cells, place.rank, options, cache)
+    part = build_graph(dataset.latitudes, dataset.longitudes, share.cells, share.rank, options, cache)
     return shard_graph(
-        part, place.group, place.device, torch.get_default_dtype(), network.num_chunks, network.shard_strategy
+        part, share.comm, share.device, torch.get_default_dtype(), network.num_chunks, network.shard_strategy
     )
 
 
-def assemble_areas(dataset: Dataset, place: Place) -> Tensor:
+def assemble_areas(dataset: Dataset, share: Share) -> Tensor:
     """[cells/M] areas in steradians, on the device."""
-    areas = cell_areas(dataset.latitudes, dataset.longitudes)[place.owned]
-    return torch.from_numpy(areas).to(place.device, torch.get_default_dtype())
+    areas = cell_areas(dataset.latitudes, dataset.longitudes)[share.owned]
+    return torch.from_numpy(areas).to(share.device, torch.get_default_dtype())
 
 
 def assemble_forecaster(
-    dataset: Dataset, place: Place, roles: Roles, input_steps: int, network: ModelOptions, graph: ShardedGraph
+    dataset: Dataset, share: Share, roles: Roles, input_steps: int, network: ModelOptions, graph: ShardedGraph
 ) -> Forecaster:
     """The model, with the statistics of the dataset; its weights are drawn from torch's generator."""
-    relative = relative_tendencies(dataset, place.owned, place.group, place.device)
+    relative = relative_tendencies(dataset, share.owned, share.comm)
     outputs = roles.places(roles.outputs)
     is_prognostic = np.arange(len(outputs)) < len(roles.prognostic)
     tendencies = np.where(is_prognostic, relative[outputs], 1.0)
-    return Forecaster(roles, dataset.statistics, tendencies, input_steps, network, graph).to(place.device)
+    return Forecaster(roles, dataset.statistics, tendencies, input_steps, network, graph).to(share.device)
 
 
-def assemble_loss(forecaster: Forecaster, areas: Tensor, options: LossOptions, place: Place) -> AreaLoss:
+def assemble_loss(forecaster: Forecaster, areas: Tensor, options: LossOptions, share: Share) -> Loss:
     """The loss of what the forecaster forecasts."""
     names = forecaster.roles.outputs
     weights = variable_weights(names, options, dict(zip(names, forecaster.tendencies.tolist(), strict=True)))
-    return AreaLoss(areas, areas.new_tensor(weights), options, place.group)
+    return build_loss(options, Weighing(areas, areas.new_tensor(weights), share.comm))
 
 
 def grid_digest(dataset: Dataset) -> str:

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 
 from shardio import Dataset
 from shardio.errors import SelectionError
+from trainer.comm import Comm, sum_arrays
 
 MOST_PAIRS = 32
 SEED = 0  # of the pairs drawn: every rank, and every run, draws the same
 
 
-def relative_tendencies(
-    dataset: Dataset, cells: slice, group: dist.ProcessGroup | None, device: torch.device | str
-) -> NDArray[np.float64]:
+def relative_tendencies(dataset: Dataset, cells: slice, comm: Comm) -> NDArray[np.float64]:
     """Standard deviation of the change over one step, in standard deviations of the variable; 1 for constants.
 
     The dataset's own statistics of exactly this step, where it has them (`statistics_tendencies_6h_*`); else those of
@@ -25,8 +22,7 @@ def relative_tendencies(
     Args:
       dataset: the training dates.
       cells: that this rank owns.
-      group: the model group; None for one rank.
-      device: on which the group communicates.
+      comm: the model group.
     Returns: [variables] float64, the same on all ranks.
     """
     try:
@@ -35,15 +31,13 @@ def relative_tendencies(
     except SelectionError:  # it has none of this step
         is_whole = False
     if not is_whole:
-        deviation = _sampled(dataset, cells, group, device)
+        deviation = _sampled(dataset, cells, comm)
     stdev = dataset.statistics["stdev"]
     relative = np.divide(deviation, stdev, out=np.zeros_like(stdev), where=stdev > 0.0)
     return np.where(relative > 1e-6, relative, 1.0)
 
 
-def _sampled(
-    dataset: Dataset, cells: slice, group: dist.ProcessGroup | None, device: torch.device | str
-) -> NDArray[np.float64]:
+def _sampled(dataset: Dataset, cells: slice, comm: Comm) -> NDArray[np.float64]:
     """[variables] standard deviation of the change over a sample of pairs; every rank reads its own cells.
 
     NaN is left out.
@@ -55,10 +49,7 @@ def _sampled(
         known = np.isfinite(change)
         change = np.where(known, change, 0.0)
         sums += known.sum(axis=1), change.sum(axis=1), (change**2).sum(axis=1)
-    if group is not None:
-        total = torch.from_numpy(sums).to(device)
-        dist.all_reduce(total, group=group)
-        sums = total.cpu().numpy()
+    sums = sum_arrays(comm, sums, "tendencies")
     count = np.maximum(sums[0], 1.0)
     scales: NDArray[np.float64] = np.sqrt(np.maximum(sums[2] / count - (sums[1] / count) ** 2, 0.0))
     return scales

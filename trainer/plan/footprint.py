@@ -23,17 +23,20 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from shardio.errors import PlanError
+from trainer.comm import Comm, Counting
 from trainer.fit.gradients import reduce_gradients
 from trainer.fit.optimizer import OptimizerOptions, build_optimizer
 from trainer.graph.edge_lists import Bucket
 from trainer.model import attention
 from trainer.model.forecaster import Forecaster, Roles
 from trainer.model.kernels import cpp as attention_kernel
-from trainer.model.loss import AreaLoss, LossOptions
+from trainer.model.loss import LossOptions, build_loss
+from trainer.model.losses.measured import Weighing
 from trainer.model.model import ModelOptions
 from trainer.plan.counts import RankCounts
-from trainer.plan.fake_graph import Messages, Peers, fake_graph, pretended
+from trainer.plan.fake_graph import FakeComm, fake_graph, idle_kernel
 from trainer.plan.live_bytes import LiveBytes
+from trainer.step import forecast_loss
 
 MOST_BLOCKS = 2  # of each table of edges: the others are alike, and only neighbours overlap
 PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {  # of weights; of autocast
@@ -112,21 +115,35 @@ class Footprint:
 
 def footprint(job: Job, counts: RankCounts) -> Footprint:
     """What a rank with so much of the graph holds and sends, from the second step on."""
-    messages, live = Messages(), LiveBytes()
-    with pretended(messages), _as_on(job), FakeTensorMode(allow_non_fake_inputs=True):
-        step = _Step(job, counts, live, messages)
+    comm, live = Counting(FakeComm(counts.rank, counts.ranks)), LiveBytes()
+    with idle_kernel(), _as_on(job), FakeTensorMode(allow_non_fake_inputs=True):
+        step = _Step(job, counts, live, comm)
         with live:
             step.begin()
             live.forget_peak()
             step.take()
-    return Footprint(live.peak, live.at_peak, step.kept, messages.sent, messages.gathered, messages.calls)
+    gathered = _gathered(comm, counts, job.network.shard_strategy)
+    return Footprint(live.peak, live.at_peak, step.kept, comm.sent, gathered, comm.messages.total())
+
+
+def _gathered(comm: Counting, counts: RankCounts, shard_strategy: str) -> Counter[str]:
+    """Bytes, had every rank given its rows to all others, and their gradients back."""
+    gathered = comm.sent.copy()
+    for name, part in counts.parts.items():
+        if name == "processor" and shard_strategy == "heads":
+            continue  # all rows travel as it is
+        owned = part.bounds[counts.rank + 1] - part.bounds[counts.rank]
+        for way, rows in (("forward", owned * (counts.ranks - 1)), ("backward", part.bounds[-1] - owned)):
+            if (tag := f"{name} {way}") in comm.rows:
+                gathered[tag] = comm.rows[tag] * rows
+    return gathered
 
 
 class _Step:
-    def __init__(self, job: Job, counts: RankCounts, live: LiveBytes, messages: Messages) -> None:
-        self.job, self.live, self.messages, self.ranks = job, live, messages, counts.ranks
+    def __init__(self, job: Job, counts: RankCounts, live: LiveBytes, comm: Comm) -> None:
+        self.job, self.live, self.comm = job, live, comm
         roles, dtype, network = job.roles, job.weights_type, job.network
-        graph = fake_graph(counts, network.num_chunks, network.shard_strategy, dtype, job.is_compiled)
+        graph = fake_graph(counts, comm, network.num_chunks, network.shard_strategy, dtype, job.is_compiled)
         some = np.ones(len(roles.variables))
         statistics, outputs = {"mean": some, "stdev": some}, len(roles.outputs)
         before = torch.get_default_dtype()
@@ -138,16 +155,15 @@ class _Step:
             torch.set_default_dtype(before)
         self.model = _without_numbers(model)
         areas, weights = torch.empty(counts.owned_cells, dtype=dtype), torch.empty(outputs, dtype=dtype)
-        group: Any = Peers("loss", counts.rank, counts.ranks) if counts.ranks > 1 else None
-        self.group: Any = Peers("gradients", counts.rank, counts.ranks)
-        self.loss = AreaLoss(areas, weights, job.loss, group)
+        loss = build_loss(job.loss, Weighing(areas, weights, comm))
+        self.loss = _labelled(live, "loss", loss)
         self.optimizer = build_optimizer(self.model.parameters(), job.optimizer, 1, 1)["optimizer"]
         dates = job.input_steps + job.rollout
         shape = (job.batch, dates, len(roles.variables), job.ensemble, counts.owned_cells)
         self.fields = torch.empty(shape).permute(0, 1, 3, 4, 2)  # in the order in which the loader hands them out
         self.kept: Counter[str] = Counter()
+        live.hold("weights", self.model, loss)
         live.hold("graph", graph, areas)
-        live.hold("weights", self.model, self.loss.weights)
         live.hold("batch", self.fields)
         for part, method in (("encoder", "_encode"), ("processor", "_process"), ("decoder", "_decode")):
             setattr(self.model.network, method, _labelled(live, part, getattr(self.model.network, method)))
@@ -167,26 +183,15 @@ class _Step:
     def take(self) -> None:
         """In Lightning's order: old gradients go after the forward pass."""
         with self.live.labelled("inputs"), self.job.autocast():
-            loss = self._forward()
+            loss = forecast_loss(self.model, self.loss, self.fields, self.job.rollout).value
         self.kept = self.live.now.copy()
         self.optimizer.zero_grad()
-        self.messages.backward = True
         with self.live.labelled("backward"):
             loss.backward()
-        self.messages.backward = False
         with self.live.labelled("gradients"):
-            if self.ranks > 1:
-                reduce_gradients(self.model.parameters(), 1, self.group)
+            reduce_gradients(self.model.parameters(), 1, self.comm)
         with self.live.labelled("optimizer"):
             self.optimizer.step()
-
-    def _forward(self) -> Tensor:
-        pairs = self.model.rollout(self.model.normalise(self.fields), self.job.rollout)
-        losses = []
-        for pair in pairs:
-            with self.live.labelled("loss"):
-                losses.append(self.loss(*pair))
-        return torch.stack([one.value for one in losses]).mean()
 
 
 def _labelled(live: LiveBytes, label: str, function: Any) -> Any:

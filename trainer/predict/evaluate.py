@@ -20,13 +20,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 
 from shardio import Dataset, RossbyWaves, open_dataset
 from shardio.dates import between
 from shardio.errors import DatasetError, SelectionError
+from trainer.comm import Alone, Comm, sum_arrays
 from trainer.graph.grid import cell_areas
 
 Float64 = NDArray[np.float64]
@@ -103,17 +102,17 @@ def evaluate(
     forecasts: Sequence[str | os.PathLike[str]],
     truth: Dataset,
     cells: slice | None = None,
-    group: dist.ProcessGroup | None = None,
+    comm: Comm | None = None,
     period: tuple[Any, Any] | None = None,
     mine: slice = slice(None),
 ) -> Scores:
-    """Scores of forecasts that `trainer predict` wrote. All ranks of the group call it together.
+    """Scores of forecasts that `trainer predict` wrote. All ranks of `comm` call it together.
 
     Args:
       forecasts: paths, all with the same variables and lead times, the same on all ranks.
       truth: dataset with the initial dates; lead times that it lacks are compared with the exact solution only.
       cells: of this rank; the ranks together have all cells, for each forecast. Default: all.
-      group: of all ranks; None for one.
+      comm: all ranks.
       period: first and last date of the climatology, None for open; default: before the first initial date, or all.
       mine: the forecasts that this rank reads its cells of.
     """
@@ -144,12 +143,7 @@ def evaluate(
                     there = np.where(np.isfinite(initial), reference, np.nan)  # else there is nothing to persist
                     sums[:, 0, r, lead] += _sums(given, np.where(np.isnan(given), there, reference), usual, areas)
                     sums[:, 1, r, lead] += _sums(initial, there, usual, areas)
-    if group is not None:
-        total = torch.from_numpy(sums)
-        if dist.get_backend(group) == "nccl":
-            total = total.cuda()
-        dist.all_reduce(total, group=group)
-        sums = total.cpu().numpy()
+    sums = sum_arrays(comm or Alone(), sums, "scores")
     hours = tuple((first.dates - starts[0]).astype("timedelta64[s]").astype(float) / 3600.0)
     about_variables = truth.variables_metadata(first.variables)
     units = tuple(str(about_variables.get(name, {}).get("units", "")) for name in first.variables)

@@ -87,7 +87,7 @@ def export(forecast: Forecast, path: str | os.PathLike[str], overwrite: bool = F
     Raises: PlanError if the model is cut over ranks; OutputError if the file is there or cannot be written.
     """
     target = check_output(path, overwrite)
-    ranks = forecast.place.cells.ranks
+    ranks = forecast.share.cells.ranks
     if ranks > 1:
         raise PlanError(f"the model is cut over {ranks} ranks, a program has one. Load it on one rank to export it.")
     dataset, model = forecast.dataset, forecast.forecaster

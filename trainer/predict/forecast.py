@@ -29,10 +29,11 @@ from torch import Tensor
 from shardio import Dataset, Partition, balanced, open_dataset, partition
 from shardio.errors import DatasetError, PlanError
 from trainer.graph.graph import GraphOptions
-from trainer.model.assembly import Place, assemble_graph
+from trainer.model.assembly import assemble_graph
 from trainer.model.forecaster import Forecaster, known_or_mean, put, without_value
 from trainer.model.model import ModelOptions
 from trainer.predict.trained import Trained, as_date, check_variables, find_date, read_trained
+from trainer.share import Share
 
 
 @dataclass(frozen=True)
@@ -61,13 +62,13 @@ class Forecast:
       trained: what the checkpoint says.
       forecaster: the model.
       dataset: where initial fields and forcings come from.
-      place: where this rank stands.
+      share: what this rank has of the work.
     """
 
     trained: Trained
     forecaster: Forecaster
     dataset: Dataset
-    place: Place
+    share: Share
 
     @property
     def variables(self) -> tuple[str, ...]:
@@ -107,7 +108,7 @@ class Forecast:
                 fields = model.denormalise(model(state)[0]).float()
             date = self._date(initial, number)
             self._check_finite(fields, absent, date, number)
-            yield Lead(number, date, self.place.owned, put(torch.nan, fields, model.lacking, absent))
+            yield Lead(number, date, self.share.owned, put(torch.nan, fields, model.lacking, absent))
             if number + 1 < numbers.stop:
                 seen.append(self._normalise(self._given(initial, number, members, fields[..., :prognostic])))
 
@@ -118,7 +119,7 @@ class Forecast:
         inputs = self.trained.input_steps
         seen: deque[Tensor] = deque(maxlen=inputs)
         for number in range(first - inputs, first):
-            fields = known(number).to(self.place.device) if known and number > 0 else None
+            fields = known(number).to(self.share.device) if known and number > 0 else None
             given = self._given(initial, number, members, fields)
             seen.append(self._normalise(given))
         return seen, without_value(given, self.forecaster.lacking)
@@ -141,9 +142,9 @@ class Forecast:
     def _read(self, date: np.datetime64, names: tuple[str, ...], members: int | None) -> Tensor:
         """[ensemble, cells/M, variables] of a date of the dataset, on the device."""
         at, places = find_date(self.dataset, date), [self.dataset.variables.index(name) for name in names]
-        fields = self.dataset[at : at + 1, places, slice(0, members), self.place.owned][0]
+        fields = self.dataset[at : at + 1, places, slice(0, members), self.share.owned][0]
         self._check_given(fields, names, date)
-        return torch.from_numpy(fields).permute(1, 2, 0).to(self.place.device)
+        return torch.from_numpy(fields).permute(1, 2, 0).to(self.share.device)
 
     def _date(self, initial: np.datetime64, number: int) -> np.datetime64:
         date: np.datetime64 = initial + np.timedelta64(number * self.trained.step, "s")
@@ -175,22 +176,22 @@ class Forecast:
 
 # ------------------------------------------------------------------------------------------------------------- loading
 def load(
-    path: str | Path, dataset: Dataset | str | os.PathLike[str], place: Place | None = None, **network: Any
+    path: str | Path, dataset: Dataset | str | os.PathLike[str], share: Share | None = None, **network: Any
 ) -> Forecast:
     """A forecast model from a checkpoint, for any number of ranks. All ranks of the group call it together.
 
     Args:
       path: of a checkpoint that `trainer fit` wrote, on whatever ranks.
       dataset: with the variables that the model was trained on, on the same grid.
-      place: where this rank stands; default: alone.
+      share: what this rank has of the work; default: all of it.
       network: changes of `ModelOptions` that leave the weights as they are: num_chunks, shard_strategy.
     """
     opened = dataset if isinstance(dataset, Dataset) else open_dataset(dataset)
-    place = place or Place(forecast_partition(opened, 1))
-    return assemble(read_trained(path), opened, place, **network)
+    share = share or Share(forecast_partition(opened, 1))
+    return assemble(read_trained(path), opened, share, **network)
 
 
-def assemble(trained: Trained, dataset: Dataset, place: Place, **network: Any) -> Forecast:
+def assemble(trained: Trained, dataset: Dataset, share: Share, **network: Any) -> Forecast:
     """The model on this rank's cells. All ranks of the group call it together."""
     check_variables(trained, dataset)
     options = ModelOptions(**trained.about["network"] | {"checkpointing": False} | network)
@@ -198,10 +199,10 @@ def assemble(trained: Trained, dataset: Dataset, place: Place, **network: Any) -
     statistics = {"mean": ones, "stdev": ones}  # overwritten by those of the checkpoint
     tendencies = np.ones(len(trained.roles.outputs))
     with _as_trained(trained):
-        graph = assemble_graph(dataset, place, GraphOptions(**trained.about["graph"]), options)
+        graph = assemble_graph(dataset, share, GraphOptions(**trained.about["graph"]), options)
         model = Forecaster(trained.roles, statistics, tendencies, trained.input_steps, options, graph)
     model.load_state_dict(trained.weights)
-    return Forecast(trained, model.to(place.device).eval(), dataset, place)
+    return Forecast(trained, model.to(share.device).eval(), dataset, share)
 
 
 @contextmanager

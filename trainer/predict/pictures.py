@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 
 from shardio import Dataset, open_dataset
 from shardio.errors import SelectionError
+from trainer.comm import Alone, Comm, sum_arrays
 from trainer.graph.grid import cell_areas
 from trainer.predict.evaluate import METHODS, REFERENCES, Reader, Scores, initial_date
 
@@ -77,9 +76,7 @@ class Bins:
         return shown
 
 
-def coarsen(
-    fields: Any, latitudes: Float64, longitudes: Float64, areas: Float64, bins: Bins, group: dist.ProcessGroup | None
-) -> Float64:
+def coarsen(fields: Any, latitudes: Float64, longitudes: Float64, areas: Float64, bins: Bins, comm: Comm) -> Float64:
     """[fields, bins], area-weighted means of fields [fields, cells/M] of all ranks; NaN in bins without a value.
 
     Args: fields, latitudes, longitudes, areas: of this rank's cells.
@@ -93,11 +90,7 @@ def coarsen(
             [np.bincount(place, row, count) for row in known * areas],
         ]
     )
-    if group is not None:
-        total = torch.from_numpy(sums)
-        total = total.cuda() if dist.get_backend(group) == "nccl" else total
-        dist.all_reduce(total, group=group)
-        sums = total.cpu().numpy()
+    sums = sum_arrays(comm, sums, "maps")
     with np.errstate(invalid="ignore"):
         means: Float64 = sums[0] / sums[1]
     return means
@@ -108,7 +101,7 @@ def draw_maps(
     forecast: str | Path,
     truth: Dataset,
     cells: slice | None = None,
-    group: dist.ProcessGroup | None = None,
+    comm: Comm | None = None,
     variables: Sequence[str] | None = None,
     lead: int | None = None,
     shown: bool = True,
@@ -119,8 +112,8 @@ def draw_maps(
       path: of the PNG.
       forecast: path of a forecast.
       truth: dataset; where it lacks the lead time, the exact solution if one is known.
-      cells: of this rank; the ranks of the group together have all.
-      group: of the ranks that read this forecast; None for one.
+      cells: of this rank; the ranks of `comm` together have all.
+      comm: the ranks that read this forecast.
       variables: default: the first four that are forecast.
       lead: which lead time; default: the last whose truth is known.
       shown: whether this rank writes the picture.
@@ -139,7 +132,7 @@ def draw_maps(
     both = np.concatenate([given, reference[:, 0]])  # [forecasts, then truths; cells/M]
     bins = Bins.over(truth.latitudes, truth.longitudes)
     areas = cell_areas(truth.latitudes, truth.longitudes)[cells]
-    coarse = coarsen(both, truth.latitudes[cells], truth.longitudes[cells], areas, bins, group)
+    coarse = coarsen(both, truth.latitudes[cells], truth.longitudes[cells], areas, bins, comm or Alone())
     if shown:
         hours = (date - initial_date(dataset)) / np.timedelta64(1, "h")
         title = f"{initial_date(dataset)} + {hours:g} h"

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from shardio import STATISTICS, Dataset, Description, Partition, ShardedWriter, is_complete
@@ -174,17 +173,17 @@ def write(
       command: that would finish the job, for messages.
       report: told after every lead time.
     """
-    begin, place = time.perf_counter(), forecast.place
-    if not place.cells.aligned:
+    begin, share = time.perf_counter(), forecast.share
+    if not share.cells.aligned:
         raise OutputError("the ranks do not own whole grid-chunks. Cut the cells with forecast_partition.")
     kept = [forecast.variables.index(name) for name in task.about.variables]
     writer = ShardedWriter(
         task.path,
         task.about,
         task.identity,
-        place.cells.chunks(place.rank),
-        place.rank,
-        telling(place.group),
+        share.cells.chunks(share.rank),
+        share.rank,
+        lambda said: share.comm.gather(said, "writer"),
         overwrite,
         ahead,
         command,
@@ -218,20 +217,7 @@ def _known(forecast: Forecast, writer: ShardedWriter) -> Callable[[int], Tensor]
     ]
 
     def known(number: int) -> Tensor:
-        fields = writer.read(number - 1, forecast.place.owned)  # [variables, ensemble, cells/M]
+        fields = writer.read(number - 1, forecast.share.owned)  # [variables, ensemble, cells/M]
         return torch.from_numpy(fields[prognostic]).permute(1, 2, 0)
 
     return known
-
-
-def telling(group: dist.ProcessGroup | None) -> Callable[[str], Sequence[str]]:
-    """What each rank of the group says, on all of them."""
-    if group is None:
-        return lambda said: [said]
-
-    def tell(said: str) -> Sequence[str]:
-        answers = [""] * dist.get_world_size(group)
-        dist.all_gather_object(answers, said, group=group)
-        return answers
-
-    return tell

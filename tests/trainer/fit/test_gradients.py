@@ -6,10 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ranks import group_of
+from ranks import comm_of
 
+from trainer.comm import Alone
 from trainer.fit import gradients
-from trainer.fit.gradients import broadcast_parameters, fill_gradients, reduce_gradients
+from trainer.fit.gradients import broadcast_parameters, reduce_gradients
 
 SHAPES = [(3, 2), (), (5,), (0, 4), (7, 1)]
 
@@ -20,7 +21,7 @@ def own(rank: int, kind: torch.dtype = torch.float64) -> list[torch.Tensor]:
     return [torch.randn(shape, generator=generator, dtype=torch.float64).to(kind) for shape in SHAPES]
 
 
-def reduced(rank: int, group: Any, data_size: int, bucket_bytes: int, mixed: bool = False) -> dict[str, Any]:
+def reduced(rank: int, comm: Any, data_size: int, bucket_bytes: int, mixed: bool = False) -> dict[str, Any]:
     kinds = [torch.float64, torch.float32 if mixed else torch.float64]
     parameters = [torch.nn.Parameter(torch.zeros(shape, dtype=kinds[i % 2])) for i, shape in enumerate(SHAPES)]
     frozen = torch.nn.Parameter(torch.zeros(2), requires_grad=False)
@@ -29,7 +30,7 @@ def reduced(rank: int, group: Any, data_size: int, bucket_bytes: int, mixed: boo
             parameter.grad = gradient.to(parameter.dtype)
     kept, gradients.BUCKET_BYTES = gradients.BUCKET_BYTES, bucket_bytes
     try:
-        reduce_gradients(iter([*parameters[:2], frozen, *parameters[2:]]), data_size, group)
+        reduce_gradients(iter([*parameters[:2], frozen, *parameters[2:]]), data_size, comm)
         buckets = len(gradients._buckets(parameters))
     finally:
         gradients.BUCKET_BYTES = kept
@@ -37,17 +38,17 @@ def reduced(rank: int, group: Any, data_size: int, bucket_bytes: int, mixed: boo
     return {"gradients": [parameter.grad.numpy() for parameter in parameters], "buckets": buckets}
 
 
-def told(rank: int, group: Any) -> list[np.ndarray]:
+def told(rank: int, comm: Any) -> list[np.ndarray]:
     values = [torch.full((2, 3), float(rank)), torch.arange(3) * (rank + 1)]
-    broadcast_parameters(values, group)
+    broadcast_parameters(values, comm)
     return [value.numpy() for value in values]
 
 
-def in_pairs(rank: int, group: Any) -> list[float]:
+def in_pairs(rank: int, comm: Any) -> list[float]:
     """A model of two ranks, twice: what a rank has after the gradients of its own model alone are added."""
     parameter = torch.nn.Parameter(torch.zeros(1))
     parameter.grad = torch.tensor([10.0**rank])
-    reduce_gradients([parameter], 1, group_of((0, 1) if rank < 2 else (2, 3)))
+    reduce_gradients([parameter], 1, comm_of((0, 1) if rank < 2 else (2, 3)))
     return parameter.grad.tolist()
 
 
@@ -90,17 +91,14 @@ OPTIMIZERS: list[Callable[..., torch.optim.Optimizer]] = [
 ]
 
 
-def trained(rank: int, group: Any, optimizer: int) -> list[float]:
+def trained(rank: int, comm: Any, optimizer: int) -> list[float]:
     """A weight with gradients, and one that has none on any rank, after three steps."""
     used, unused = (torch.nn.Parameter(torch.ones(1, dtype=torch.float64)) for _ in range(2))
     stepping = OPTIMIZERS[optimizer]([used, unused])
     for step in range(3):
         stepping.zero_grad()
         used.grad = torch.full_like(used, 1.0 + step)
-        if group is None:
-            fill_gradients([used, unused])
-        else:
-            reduce_gradients([used, unused], 2, group)
+        reduce_gradients([used, unused], comm.ranks, comm)
         stepping.step()
     return [used.item(), unused.item()]
 
@@ -109,6 +107,6 @@ def trained(rank: int, group: Any, optimizer: int) -> list[float]:
 def test_a_weight_without_gradient_is_trained_alike_on_any_number_of_ranks(
     run: Callable[..., list[Any]], optimizer: int
 ) -> None:
-    alone = trained(0, None, optimizer)
+    alone = trained(0, Alone(), optimizer)
     assert run(trained, [{"optimizer": optimizer}] * 2) == [alone, alone]
     assert alone[1] != 1.0  # it decays

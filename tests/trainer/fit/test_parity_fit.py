@@ -15,10 +15,11 @@ from datasets import DIAGNOSTICS, FORCINGS, MASKED, grid_of
 from shardio import ShardedDataLoader, open_dataset
 from shardio.load.partition import partition
 from trainer.fit.optimizer import OptimizerOptions, build_optimizer
-from trainer.model.assembly import Place, assemble_areas, assemble_forecaster, assemble_graph, assemble_loss
+from trainer.model.assembly import assemble_areas, assemble_forecaster, assemble_graph, assemble_loss
 from trainer.model.forecaster import Roles
 from trainer.model.loss import LossOptions
 from trainer.model.model import ModelOptions
+from trainer.share import Share
 
 STEPS, ACCUMULATED, CLIP, ROLLOUT, INPUTS, SEED = 3, 2, 2.0, 2, 2, 7
 TOLERANCE = 1e-10
@@ -81,13 +82,13 @@ def by_hand(dataset_of: Callable[[str], str]) -> tuple[Weights, list[float]]:
 
 def _loop(path: str) -> tuple[Weights, list[float]]:
     dataset = open_dataset(path)
-    place = Place(partition(dataset.shape[3], 1, dataset.chunk_cells))
+    share = Share(partition(dataset.shape[3], 1, dataset.chunk_cells))
     options = ModelOptions(8, 2, 2, checkpointing=False)
-    graph = assemble_graph(dataset, place, grid_of("octahedral").graph, options)
+    graph = assemble_graph(dataset, share, grid_of("octahedral").graph, options)
     torch.manual_seed(5)
     roles = Roles(dataset.variables, FORCINGS, DIAGNOSTICS, (MASKED,))
-    model = assemble_forecaster(dataset, place, roles, INPUTS, options, graph)
-    loss = assemble_loss(model, assemble_areas(dataset, place), LossOptions(tendency_scaling=True), place)
+    model = assemble_forecaster(dataset, share, roles, INPUTS, options, graph)
+    loss = assemble_loss(model, assemble_areas(dataset, share), LossOptions(tendency_scaling=True), share)
     built = build_optimizer(model.parameters(), OptimizerOptions("sgd", learning_rate=0.3, warmup_steps=1), 4, STEPS)
     loader = ShardedDataLoader(
         dataset, batch_size=2, input_steps=INPUTS, target_steps=ROLLOUT, seed=SEED, drop_last=True, threads=1

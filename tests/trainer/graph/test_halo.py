@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ranks import RANKS
@@ -15,6 +14,7 @@ from ranks import RANKS
 from shardio.errors import PlanError, TopologyError
 from shardio.load.partition import balanced, partition
 from shardio.source.synthetic import octahedral
+from trainer.comm import Alone, TorchComm
 from trainer.graph.graph import GraphOptions, build_graph
 from trainer.graph.halo import build_halo, exchange
 
@@ -22,8 +22,8 @@ Arrays = dict[str, Any]
 
 
 # -------------------------------------------------------------------------------------------- what a rank can be told
-def exchange_and_back(rank: int, group: Any, source: Any, bounds: Any, values: Any, cotangent: Any) -> Arrays:
-    halo = build_halo(source, bounds, rank, group)
+def exchange_and_back(rank: int, comm: Any, source: Any, bounds: Any, values: Any, cotangent: Any) -> Arrays:
+    halo = build_halo(source, bounds, comm)
     gradients = []
     for _ in range(2):
         owned = torch.tensor(values, requires_grad=True)
@@ -40,15 +40,14 @@ def exchange_and_back(rank: int, group: Any, source: Any, bounds: Any, values: A
     }
 
 
-def sum_over_edges(rank: int, group: Any, options: Any, steps: int, values: Any) -> Arrays:
+def sum_over_edges(rank: int, comm: Any, options: Any, steps: int, values: Any) -> Arrays:
     latitudes, longitudes, _ = octahedral("o8")
-    ranks = 1 if group is None else dist.get_world_size(group)
-    graph = build_graph(latitudes, longitudes, partition(latitudes.size, ranks, 1), rank, options)
+    graph = build_graph(latitudes, longitudes, partition(latitudes.size, comm.ranks, 1), rank, options)
     cells = torch.tensor(values[graph.cells.cells(rank)], requires_grad=True)
     parts = [(graph.encoder, graph.cells.bounds), *[(graph.processor, graph.hidden_bounds)] * steps]
     rows = cells
     for edges, bounds in [*parts, (graph.decoder, graph.hidden_bounds)]:
-        halo = build_halo(edges.source, bounds, rank, group)
+        halo = build_halo(edges.source, bounds, comm)
         weight = torch.from_numpy(edges.features.astype(np.float64))[:, :1]
         messages = torch.tanh(exchange(rows, halo)[halo.source] * weight)
         rows = torch.zeros(edges.destinations, 2, dtype=torch.float64)
@@ -57,8 +56,8 @@ def sum_over_edges(rank: int, group: Any, options: Any, steps: int, values: Any)
     return {"rows": rows.detach().numpy(), "gradient": cells.grad.numpy()}
 
 
-def narrow(rank: int, group: Any, dtype: str) -> list[float]:
-    halo = build_halo(np.array([0, 2]), (0, 1, 3), rank, group)
+def narrow(rank: int, comm: Any, dtype: str) -> list[float]:
+    halo = build_halo(np.array([0, 2]), (0, 1, 3), comm)
     owned = torch.full((halo.owned, 1), rank + 0.5, dtype=getattr(torch, dtype), requires_grad=True)
     rows = exchange(owned, halo)
     rows.sum().backward()
@@ -66,15 +65,14 @@ def narrow(rank: int, group: Any, dtype: str) -> list[float]:
     return [*rows.flatten().tolist(), *owned.grad.flatten().tolist()]
 
 
-def refusals(rank: int, group: Any) -> list[str]:
+def refusals(rank: int, comm: Any) -> list[str]:
     mine = np.array([rank], dtype=np.int64)
-    halo = build_halo(mine, (0, 1, 2), rank, group)
+    halo = build_halo(mine, (0, 1, 2), comm)
     row = torch.zeros(1, 1)
     return [
-        refusal(TopologyError, lambda: build_halo(mine, (0, 1, 2, 3), rank, group)),
-        refusal(TopologyError, lambda: build_halo(mine, (0, 1, 2), 1 - rank, group)),
-        refusal(TopologyError, lambda: exchange(row, replace(halo, group=dist.group.WORLD))),
-        refusal(TopologyError, lambda: build_halo(np.arange(4), (0, 3, 4) if rank else (0, 1, 4), rank, group)),
+        refusal(TopologyError, lambda: build_halo(mine, (0, 1, 2, 3), comm)),
+        refusal(TopologyError, lambda: exchange(row, replace(halo, comm=TorchComm()))),
+        refusal(TopologyError, lambda: build_halo(np.arange(4), (0, 3, 4) if rank else (0, 1, 4), comm)),
     ]
 
 
@@ -188,15 +186,14 @@ def test_rows_travel_in_their_own_type(run: Run, dtype: str) -> None:
 
 
 def test_a_halo_of_another_group_or_cut_is_refused_before_anything_is_sent(run: Run) -> None:
-    for bounds, place, group, disagree in run(refusals, [{}, {}]):
-        assert "for 3 ranks, the process group has 2. Give the model group" in bounds
-        assert "Give its place in the group" in place
-        assert "for 2 ranks, the process group has 4" in group
+    for bounds, group, disagree in run(refusals, [{}, {}]):
+        assert "for 3 ranks, the model group has 2. Give the model group" in bounds
+        assert "for 2 ranks, the model group has 4" in group
         assert "Give the same bounds on all ranks" in disagree
 
 
 def test_one_rank_needs_no_process_group() -> None:
-    halo = build_halo(np.array([2, 0, 2]), (0, 3), 0)
+    halo = build_halo(np.array([2, 0, 2]), (0, 3), Alone())
     owned = torch.arange(6.0).reshape(3, 2).requires_grad_()
     rows = exchange(owned, halo)
     rows[halo.source].sum().backward()
@@ -207,8 +204,7 @@ def test_one_rank_needs_no_process_group() -> None:
 
 
 def test_what_does_not_fit_is_refused_with_a_remedy() -> None:
-    halo = build_halo(np.array([0]), balanced(3, 1), 0)
+    halo = build_halo(np.array([0]), balanced(3, 1), Alone())
     assert "halo was built for [..., 3, channels]" in refusal(TopologyError, lambda: exchange(torch.zeros(2, 1), halo))
-    assert "process group has 1" in refusal(TopologyError, lambda: build_halo(np.array([0]), (0, 1, 2), 0))
-    assert "nodes 0 to 2" in refusal(PlanError, lambda: build_halo(np.array([3]), (0, 3), 0))
-    assert "Ranks count from 0" in refusal(TopologyError, lambda: build_halo(np.array([0]), (0, 3), 1))
+    assert "model group has 1" in refusal(TopologyError, lambda: build_halo(np.array([0]), (0, 1, 2), Alone()))
+    assert "nodes 0 to 2" in refusal(PlanError, lambda: build_halo(np.array([3]), (0, 3), Alone()))

@@ -10,6 +10,7 @@ import torch
 from shardio.errors import TopologyError
 from shardio.load.partition import balanced, partition
 from shardio.source.synthetic import octahedral
+from trainer.comm import Alone
 from trainer.graph.graph import GraphOptions, build_graph
 from trainer.graph.heads import HeadExchange, gather_edges, to_heads, to_nodes
 
@@ -22,8 +23,8 @@ def values(nodes: int, heads: int, seed: int) -> torch.Tensor:
     return torch.randn(BATCH, nodes, heads, DEPTH, generator=generator, dtype=torch.float64)
 
 
-def there_and_back(rank: int, group: Any, bounds: tuple[int, ...], heads: int) -> dict[str, Any]:
-    plan = HeadExchange(group, rank, bounds)
+def there_and_back(rank: int, comm: Any, bounds: tuple[int, ...], heads: int) -> dict[str, Any]:
+    plan = HeadExchange(comm, bounds)
     rows = values(bounds[-1], heads, 0)[:, bounds[rank] : bounds[rank + 1]].clone().requires_grad_()
     cut = to_heads(rows, plan)
     mine = slice(*plan.heads(heads)[rank : rank + 2])
@@ -35,11 +36,11 @@ def there_and_back(rank: int, group: Any, bounds: tuple[int, ...], heads: int) -
     return {name: tensor.detach().numpy() for name, tensor in found.items()}
 
 
-def all_edges(rank: int, group: Any, options: GraphOptions) -> dict[str, Any]:
+def all_edges(rank: int, comm: Any, options: GraphOptions) -> dict[str, Any]:
     latitudes, longitudes, _ = octahedral("o4")
-    cells = partition(latitudes.size, 1 if group is None else torch.distributed.get_world_size(group), 1)
+    cells = partition(latitudes.size, comm.ranks, 1)
     graph = build_graph(latitudes, longitudes, cells, rank, options)
-    edges = graph.processor if group is None else gather_edges(graph, group, "cpu")
+    edges = graph.processor if comm.ranks == 1 else gather_edges(graph, comm, "cpu")
     return {"source": edges.source, "destination": edges.destination, "features": edges.features}
 
 
@@ -68,7 +69,7 @@ def test_edges_of_all_ranks_together_are_those_of_one(run: Callable[..., list[An
 
 
 def test_fewer_heads_than_ranks_are_refused_with_a_remedy() -> None:
-    plan = HeadExchange(None, 0, (0, 1, 2, 3))
+    plan = HeadExchange(Alone(), (0, 1, 2, 3))
     assert plan.heads(4) == (0, 2, 3, 4)
     with pytest.raises(TopologyError, match=r"2 attention heads cannot be cut over 3 ranks. Use shard_strategy edges"):
         plan.heads(2)

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from shardio.errors import PlanError, SelectionError
-from trainer.model.loss import AreaLoss, LossOptions, variable_weights
+from trainer.comm import Alone
+from trainer.model.loss import LossOptions, build_loss, variable_weights
+from trainer.model.losses.measured import Weighing
 
 BATCH, ENSEMBLE, CELLS, VARIABLES = 2, 2, 11, 3
 WEIGHTS = np.array([1.0, 0.5, 4.0])
@@ -42,11 +44,11 @@ def by_formula(prediction: np.ndarray, target: np.ndarray, areas: np.ndarray, op
     return total / (BATCH * ENSEMBLE)
 
 
-def own_cells(rank: int, group: Any, options: LossOptions, bounds: list[int], dtype: str = "float64") -> dict[str, Any]:
+def own_cells(rank: int, comm: Any, options: LossOptions, bounds: list[int], dtype: str = "float64") -> dict[str, Any]:
     mine = slice(bounds[rank], bounds[rank + 1])
     prediction, target, areas = (torch.from_numpy(array).to(getattr(torch, dtype)) for array in some_cells())
     given = prediction[:, :, mine].requires_grad_()
-    loss = AreaLoss(areas[mine], areas.new_tensor(WEIGHTS), options, group)(given, target[:, :, mine])
+    loss = build_loss(options, Weighing(areas[mine], areas.new_tensor(WEIGHTS), comm))(given, target[:, :, mine])
     loss.value.backward()
     return {"value": loss.value.item(), "sums": loss.sums.numpy(), "gradient": given.grad.numpy()}
 
@@ -54,7 +56,7 @@ def own_cells(rank: int, group: Any, options: LossOptions, bounds: list[int], dt
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: options.kind)
 def test_one_rank_has_the_loss_of_the_formula_and_its_gradient(options: LossOptions) -> None:
     prediction, target, areas = some_cells()
-    found = own_cells(0, None, options, [0, CELLS])
+    found = own_cells(0, Alone(), options, [0, CELLS])
     assert found["value"] == pytest.approx(by_formula(prediction, target, areas, options), rel=1e-13)
     for place in [(0, 0, 7, 0), (1, 1, 9, 1), (0, 1, 2, 2), (1, 0, 3, 1)]:
         step = np.zeros_like(prediction)
@@ -69,7 +71,7 @@ def test_one_rank_has_the_loss_of_the_formula_and_its_gradient(options: LossOpti
 def test_every_rank_has_the_loss_of_the_globe_and_the_gradient_of_its_cells(
     run: Callable[..., list[Any]], options: LossOptions, bounds: list[int]
 ) -> None:
-    whole = own_cells(0, None, options, [0, CELLS])
+    whole = own_cells(0, Alone(), options, [0, CELLS])
     parts = run(own_cells, [{"options": options, "bounds": bounds}] * (len(bounds) - 1))
     for part in parts:
         assert part["value"] == pytest.approx(whole["value"], rel=1e-14)
@@ -80,7 +82,7 @@ def test_every_rank_has_the_loss_of_the_globe_and_the_gradient_of_its_cells(
 
 
 def test_float32_loses_no_more_than_rounding(run: Callable[..., list[Any]]) -> None:
-    whole = own_cells(0, None, OPTIONS[0], [0, CELLS])
+    whole = own_cells(0, Alone(), OPTIONS[0], [0, CELLS])
     for part in run(own_cells, [{"options": OPTIONS[0], "bounds": [0, 4, 11], "dtype": "float32"}] * 2):
         assert part["value"] == pytest.approx(whole["value"], rel=1e-6)
 
@@ -88,7 +90,7 @@ def test_float32_loses_no_more_than_rounding(run: Callable[..., list[Any]]) -> N
 def test_a_prediction_that_is_not_finite_makes_the_loss_so_on_all_ranks() -> None:
     prediction, target, areas = (torch.from_numpy(array) for array in some_cells())
     prediction[0, 0, 7, 0] = torch.nan
-    loss = AreaLoss(areas, areas.new_tensor(WEIGHTS), LossOptions())(prediction, target)
+    loss = build_loss(LossOptions(), Weighing(areas, areas.new_tensor(WEIGHTS)))(prediction, target)
     assert torch.isnan(loss.value)
     assert torch.isnan(loss.sums).sum() == 1
 

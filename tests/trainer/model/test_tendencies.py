@@ -12,6 +12,7 @@ from datasets import MASKED, VARIABLES, write_dataset
 from shardio import Dataset, open_dataset
 from shardio.errors import SelectionError
 from shardio.load.partition import partition
+from trainer.comm import Alone
 from trainer.model.tendencies import MOST_PAIRS, relative_tendencies, sampled_pairs
 
 KINDS = ("mean", "stdev", "minimum", "maximum")
@@ -30,7 +31,7 @@ def store(path: str, delta: str, stdev: np.ndarray = STORED) -> None:
 
 
 def of_all(dataset: Dataset) -> np.ndarray:
-    return relative_tendencies(dataset, slice(0, dataset.shape[3]), None, "cpu")
+    return relative_tendencies(dataset, slice(0, dataset.shape[3]), Alone())
 
 
 def measured(dataset: Dataset, pairs: np.ndarray) -> np.ndarray:
@@ -122,12 +123,12 @@ def bytes_read() -> int:
     return int(dict(line.split(": ") for line in lines)["rchar"])
 
 
-def on_a_rank(rank: int, group: Any, ranks: int, path: str) -> tuple[np.ndarray, int]:
+def on_a_rank(rank: int, comm: Any, ranks: int, path: str) -> tuple[np.ndarray, int]:
     """What the rank comes to, and the bytes that it read."""
     dataset = open_dataset(path)
     cells = partition(dataset.shape[3], ranks, dataset.chunk_cells).cells(rank)
     before = bytes_read()
-    return relative_tendencies(dataset, cells, group, "cpu"), bytes_read() - before
+    return relative_tendencies(dataset, cells, comm), bytes_read() - before
 
 
 def test_all_ranks_have_the_same_bits_from_their_own_cells(

@@ -15,8 +15,8 @@ SIZES = Sizes("o32", "ico2", channels=32, layers=2, heads=4, variables=8, input_
 CELLS = 5248
 
 
-def peak(rank: int, group: Any, sizes: Sizes) -> dict[str, int]:
-    return measure(rank, group, sizes)
+def peak(rank: int, comm: Any, sizes: Sizes) -> dict[str, int]:
+    return measure(comm, sizes)
 
 
 Peaks = Callable[[Sizes, int], list[dict[str, int]]]

@@ -21,6 +21,7 @@ from shardio.source.synthetic import octahedral
 from tools.check_plan import compare, measure, predict
 from tools.trainer_step import Sizes
 from trainer.cli import plan as plan_cli
+from trainer.comm import Alone
 from trainer.graph.graph import PARTS, GraphOptions, build_graph
 from trainer.model import attention
 from trainer.model.forecaster import Roles
@@ -59,8 +60,8 @@ WORDS = [
 ]
 
 
-def real_step(rank: int, group: Any, sizes: Sizes, precision: str) -> dict[str, Any]:
-    return measure(rank, group, sizes, precision)
+def real_step(rank: int, comm: Any, sizes: Sizes, precision: str) -> dict[str, Any]:
+    return measure(comm, sizes, precision)
 
 
 @pytest.mark.parametrize(("ranks", "sizes", "precision"), CASES, ids=str)
@@ -68,7 +69,7 @@ def test_predicted_peak_is_the_measured_one_to_a_hundredth_and_messages_to_the_b
     run: Callable[..., list[Any]], ranks: int, sizes: Sizes, precision: str
 ) -> None:
     with_group = run(real_step, [{"sizes": sizes, "precision": precision}] * ranks) if ranks > 1 else None
-    row = compare(predict(sizes, precision, ranks), with_group or [measure(0, None, sizes, precision)])
+    row = compare(predict(sizes, precision, ranks), with_group or [measure(Alone(), sizes, precision)])
     assert abs(row["error"]) < 0.01, row
     assert row["sent_equal"]
     assert (row["sent"] > 0) == (ranks > 1)
@@ -89,7 +90,7 @@ def test_every_rank_is_predicted_not_only_the_largest(run: Callable[..., list[An
 def test_attention_without_the_compiled_kernel_is_predicted_from_a_few_of_its_blocks() -> None:
     sizes = replace(SIZES, checkpointing=True)
     with patch.object(attention_kernel, "load", lambda: (None, "")), patch.dict(attention.BLOCK, {"cpu": 2**14}):
-        row = compare(predict(sizes, "32-true", 1), [measure(0, None, sizes, "32-true")])
+        row = compare(predict(sizes, "32-true", 1), [measure(Alone(), sizes, "32-true")])
     assert 0.0 <= row["error"] < 0.1, row
 
 
@@ -103,10 +104,10 @@ def test_the_parts_of_the_peak_are_the_peak() -> None:
 
 
 # --------------------------------------------------------------------------------------------------------------- reads
-def reads_of(rank: int, group: Any, path: str, topology: Topology) -> tuple[list[int], int]:
+def reads_of(rank: int, comm: Any, path: str, topology: Topology) -> tuple[list[int], int]:
     """Dates of the first sample, and bytes decoded for it."""
     loader = ShardedDataLoader(
-        open_dataset(path), topology, input_steps=2, target_steps=2, seed=1, prefetch=1, group=group, threads=1
+        open_dataset(path), topology, input_steps=2, target_steps=2, seed=1, prefetch=1, group=comm.group, threads=1
     )
     decoded = []
     decode = NativeReader.decode
@@ -134,7 +135,7 @@ def test_bytes_read_are_those_that_the_loader_decodes(
     planner = Planner(field, Job(Roles(VARIABLES), 2, 2, ensemble=2), GraphOptions(), read_group_size=read_group)
     topologies = [Topology(ranks, rank, ranks, read_group) for rank in range(ranks)]
     arguments = [{"path": path, "topology": topology} for topology in topologies]
-    found = run(reads_of, arguments) if ranks > 1 else [reads_of(0, None, path, topologies[0])]
+    found = run(reads_of, arguments) if ranks > 1 else [reads_of(0, Alone(), path, topologies[0])]
     for rank, (dates, decoded) in enumerate(found):
         reading = planner.reading(ranks, rank)
         assert decoded == sum(planner.bytes_read(reading, date) for date in dates)

@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 import xarray
 from datasets import FORCINGS, MASKED, VARIABLES
-from ranks import group_of
+from ranks import comm_of
 from runs import Run
 
 from shardio import open_dataset
 from shardio.errors import DatasetError, SelectionError
 from shardio.load.partition import partition
 from shardio.source.synthetic import RossbyWaves, octahedral
+from trainer.comm import Alone
 from trainer.graph.grid import cell_areas
 from trainer.predict.evaluate import METHODS, REFERENCES, Scores, evaluate
 from trainer.predict.pictures import Bins, coarsen, draw_maps, draw_skill
@@ -155,7 +156,7 @@ def evaluate_on(
     model, data = topology
     truth = open_dataset(path)
     cells = partition(208, model, 42).cells(rank % model)
-    found = evaluate(forecasts, truth, cells, group_of(range(model * data)), mine=slice(rank // model, None, data))
+    found = evaluate(forecasts, truth, cells, comm_of(range(model * data)), mine=slice(rank // model, None, data))
     return found.rmse, found.bias, found.acc
 
 
@@ -222,7 +223,7 @@ def test_a_binned_field_is_the_field_where_it_is_smooth(grid: str) -> None:
     bins = Bins.over(latitudes, longitudes)
     areas = cell_areas(latitudes, longitudes)
     plane = np.stack([latitudes, np.ones_like(latitudes)])
-    coarse = coarsen(plane, latitudes, longitudes, areas, bins, None)
+    coarse = coarsen(plane, latitudes, longitudes, areas, bins, Alone())
     image = bins.image(coarse[0])
     assert image.shape[0] == bins.rows
     middle = bins.south + (np.arange(bins.rows) + 0.5) * (bins.north - bins.south) / bins.rows
@@ -233,18 +234,18 @@ def test_a_binned_field_is_the_field_where_it_is_smooth(grid: str) -> None:
 
 
 def test_ranks_bin_the_same_map(run: Callable[..., list[Any]]) -> None:
-    alone = binned(0, None, 1)
+    alone = binned(0, Alone(), 1)
     for ranks in (2, 3, 4):
         for found in run(binned, [{"ranks": ranks}] * ranks):
             assert np.nanmax(np.abs(found - alone)) < 1e-12
 
 
-def binned(rank: int, group: Any, ranks: int) -> np.ndarray:
+def binned(rank: int, comm: Any, ranks: int) -> np.ndarray:
     latitudes, longitudes, _ = octahedral("o16")
     cells = partition(latitudes.size, ranks, 100).cells(rank)
     field = (np.sin(np.radians(latitudes)) + np.cos(np.radians(longitudes)))[None, cells]
     areas = cell_areas(latitudes, longitudes)[cells]
-    return coarsen(field, latitudes[cells], longitudes[cells], areas, Bins.over(latitudes, longitudes), group)
+    return coarsen(field, latitudes[cells], longitudes[cells], areas, Bins.over(latitudes, longitudes), comm)
 
 
 def test_predict_evaluates_and_exports_what_is_there(tmp_path: Path, checkpoint: Path, path: str) -> None:

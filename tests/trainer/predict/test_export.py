@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from forecasting import START, place_of, trained
+from forecasting import START, share_of, trained
 from torch import Tensor
 
 from shardio import open_dataset
 from shardio.errors import DatasetError, OutputError, PlanError
 from shardio.rechunk import Request, prepare, run
 from trainer.cli.export import main
+from trainer.plan.fake_graph import FakeComm
 from trainer.predict.export import Exported, compile_program, compiled_path, export, read_program
 from trainer.predict.forecast import Forecast, load
 
@@ -173,7 +174,8 @@ def test_what_is_no_program_is_refused_by_name(tmp_path: Path, forecast: Forecas
     (tmp_path / "broken.pt2").write_bytes(b"no zip")
     with pytest.raises(DatasetError, match=r"broken\.pt2 is no program"):
         read_program(tmp_path / "broken.pt2")
-    two = Forecast(forecast.trained, forecast.forecaster, forecast.dataset, place_of(0, None, 2, forecast.dataset))
+    half = share_of(FakeComm(0, 2), 2, forecast.dataset)
+    two = Forecast(forecast.trained, forecast.forecaster, forecast.dataset, half)
     with pytest.raises(PlanError, match="cut over 2 ranks"):
         export(two, tmp_path / "model.pt2")
 

@@ -13,12 +13,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-import torch.distributed as dist
 from datasets import MASKED, VARIABLES, values_of
-from forecasting import START, forecast, place_of, read_all, relative, trained, tree, write_forecast
+from forecasting import START, forecast, read_all, relative, share_of, trained, tree, write_forecast
 from runs import Run
-from watch import Watch, living_ids
+from watch import Heard, Watch, living_ids
 
 from shardio import open_dataset
 from shardio.check import verify
@@ -128,22 +126,15 @@ def test_a_forecast_is_a_dataset_of_its_valid_times(written: dict[int, Path], ch
 
 
 # ------------------------------------------------------------------------------------------- who sends and writes what
-def watched(rank: int, group: Any, ranks: int, checkpoint: Path, path: str, folder: Path) -> dict[str, Any]:
+def watched(rank: int, comm: Any, ranks: int, checkpoint: Path, path: str, folder: Path) -> dict[str, Any]:
     """In a rank: sizes of all tensors, bytes of all messages, and those that the halo needs; bytes of each file."""
     dataset = open_dataset(path)
-    model = load(checkpoint, dataset, place_of(rank, group, ranks, dataset))
-    task = plan(model.trained, dataset, model.place.cells, np.datetime64(START, "s"), "24h", folder)
-    sent: dict[str, list[int]] = {"all_to_all_single": [], "all_gather_object": []}
+    heard = Heard(comm)
+    model = load(checkpoint, dataset, share_of(heard, ranks, dataset))
+    heard.heard.clear()
+    task = plan(model.trained, dataset, model.share.cells, np.datetime64(START, "s"), "24h", folder)
     renamed: list[tuple[str, int]] = []
-    before, kept, replace_file = living_ids(), {name: getattr(dist, name) for name in sent}, os.replace
-
-    def counted(name: str) -> Callable[..., Any]:
-        def call(received: Any, given: Any, *args: Any, **kwargs: Any) -> Any:
-            is_tensor = isinstance(given, torch.Tensor)
-            sent[name].append(given.numel() * given.element_size() if is_tensor else len(given))
-            return kept[name](received, given, *args, **kwargs)
-
-        return call
+    before, replace_file = living_ids(), os.replace
 
     def rename(source: Any, target: Any) -> None:
         renamed.append((str(target), Path(source).stat().st_size))
@@ -152,15 +143,11 @@ def watched(rank: int, group: Any, ranks: int, checkpoint: Path, path: str, fold
     watch = Watch()
     try:
         os.replace = rename
-        for name in sent:
-            setattr(dist, name, counted(name))
-        with watch, watch.collectives():
+        with watch:
             done = write(model, task)
             watch.see_living(before, "at the end")
     finally:
         os.replace = replace_file
-        for name, function in kept.items():
-            setattr(dist, name, function)
     network = model.forecaster.network
     graph, options = network.graph, network.options
     row = 4 * options.channels
@@ -172,11 +159,11 @@ def watched(rank: int, group: Any, ranks: int, checkpoint: Path, path: str, fold
     return {
         "sizes": watch.sizes,
         "messages": watch.messages,
-        "sent": sent,
+        "heard": heard.heard,
         "halo": halo * task.steps,
         "chunks": [(Path(name).name, size) for name, size in chunks if "/.z" not in name],
         "nbytes": done.nbytes,
-        "owned": model.place.owned.stop - model.place.owned.start,
+        "owned": model.share.owned.stop - model.share.owned.start,
     }
 
 
@@ -201,10 +188,11 @@ def test_no_rank_holds_or_sends_a_full_field(four: tuple[Path, list[dict[str, An
 def test_bytes_sent_are_those_of_the_halo(four: tuple[Path, list[dict[str, Any]]]) -> None:
     """Beyond it, ranks only tell one another that all is well, at the start and the end."""
     for found in four[1]:
-        assert found["sent"]["all_to_all_single"] == found["halo"]
+        assert [nbytes for kind, _, nbytes in found["heard"] if kind == "all_to_all"] == found["halo"]
         assert sum(found["halo"]) > 0
-        assert found["sent"]["all_gather_object"] == [0, 0, 0, 0], "an empty text: no error"
-        assert set(found["messages"]) == {"all_to_all_single", "all_gather_object"}
+        others = [one for one in found["heard"] if one[0] != "all_to_all"]
+        assert others == [("gather", "writer", 0)] * 4, "an empty text: no error"
+        assert len(found["messages"]) == len(found["halo"]) + 2 * 4, "a text is a length, then letters"
 
 
 def test_every_byte_is_written_once_by_the_rank_that_owns_it(four: tuple[Path, list[dict[str, Any]]]) -> None:

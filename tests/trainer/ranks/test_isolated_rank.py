@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from shardio.load.partition import Partition
 from shardio.source.synthetic import octahedral
@@ -25,20 +24,19 @@ def isolated(graph: Graph, cut: int) -> Graph:
     return replace(graph, processor=alone)
 
 
-def step(rank: int, group: Any, bounds: tuple[int, ...], checkpointing: bool) -> dict[str, Any]:
+def step(rank: int, comm: Any, bounds: tuple[int, ...], checkpointing: bool) -> dict[str, Any]:
     latitudes, longitudes, _ = octahedral("o4")
     cells, options = Partition(bounds, 1, aligned=True), GraphOptions("ico1", processor="mesh")
     cut = build_graph(latitudes, longitudes, Partition(THREE, 1, aligned=True), 0, options).hidden_bounds[1]
     graph = isolated(build_graph(latitudes, longitudes, cells, rank, options), cut)
-    sharded = shard_graph(graph, group, dtype=torch.float64)
+    sharded = shard_graph(graph, comm, dtype=torch.float64)
     torch.manual_seed(0)
     sizes = ModelOptions(8, num_layers=2, num_heads=2, checkpointing=checkpointing)
     model = EncodeProcessDecode(sizes, 3, 2, sharded).double()
     fields = torch.randn(1, 208, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     model(fields[:, cells.cells(rank)]).square().sum().backward()
     gradients = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
-    if group is not None:
-        dist.all_reduce(gradients, group=group)
+    comm.sum(gradients, "gradients")
     return {"gradients": gradients.numpy(), "borrowed": sharded.processor.halo.rows - sharded.processor.halo.owned}
 
 
