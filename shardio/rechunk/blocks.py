@@ -21,9 +21,8 @@ from shardio.format.layout import ArrayLayout
 from shardio.rechunk.plan import Plan, Task
 from shardio.source.anemoi import AnemoiSource
 from shardio.source.source import Source
-from shardio.write import statistics
-from shardio.write.job import WrittenDate
 from shardio.write.writer import AtOnce, ChunkWriter, StoredChunk, chunk_slices
+from shardio.write.written import WrittenDate
 
 
 def execute_here(
@@ -31,10 +30,7 @@ def execute_here(
 ) -> Iterator[list[WrittenDate]]:
     """All cores of this process: a date per thread where the source streams, else `in_flight` blocks on all threads."""
     writer = ChunkWriter(folder, layout, plan.threads, sync, source.statistics is None)
-    # With fewer dates than threads, all threads work on one. What streams hold of their rows, a grid-chunk at most,
-    # takes the memory of the blocks that they do without.
-    fits = len(plan.pieces) == 1 and len(todo) >= plan.threads <= plan.in_flight * layout.grid[3]
-    streamed = fits and _streams(source, layout, todo[0])
+    streamed = _has_dates_for_threads(plan, layout, todo) and _streams(source, layout, todo[0])
     work: Callable[..., list[WrittenDate]] = _write_streams if streamed else write_block
     at_once = plan.threads if streamed else plan.in_flight
     with ExitStack() as stack:
@@ -78,7 +74,7 @@ def write_block(
                     opened: AbstractContextManager[Any] = nullcontext(files[i]) if files else writer.open_date(dates[i])
                     with opened as file:
                         chunks[i] += file.write(first, [fields[..., cut] for cut in cuts], pool)
-    return [WrittenDate.of(date, done, _merged(done)) for date, done in zip(dates, chunks, strict=True)]
+    return [WrittenDate.of(date, done) for date, done in zip(dates, chunks, strict=True)]
 
 
 def _write_streams(source: Source, writer: ChunkWriter, task: Task, *otherwise: Any) -> list[WrittenDate]:
@@ -94,9 +90,18 @@ def _write_streams(source: Source, writer: ChunkWriter, task: Task, *otherwise: 
             for number, cut in enumerate(chunk_slices(slice(0, writer.layout.shape[3]), writer.layout.chunks[3])):
                 fields = writer.buffer()[..., : cut.stop - cut.start]
                 rows.take(fields.reshape(-1, fields.shape[-1]))
-                chunks += file.write(number, [fields], AtOnce())
-        written.append(WrittenDate.of(date, chunks, _merged(chunks)))
+                chunks.append(file.write_in_place(number, fields.shape[-1]))
+        written.append(WrittenDate.of(date, chunks))
     return written
+
+
+def _has_dates_for_threads(plan: Plan, layout: ArrayLayout, todo: list[Task]) -> bool:
+    """Whether every thread may work on a date of its own."""
+    whole_dates = len(plan.pieces) == 1
+    enough = len(todo) >= plan.threads  # with fewer, all threads work on one
+    # What streams hold of their rows, a grid-chunk at most, takes the memory of the blocks that they do without.
+    fits = plan.threads <= plan.in_flight * layout.grid[3]
+    return whole_dates and enough and fits
 
 
 def _streams(source: Source, layout: ArrayLayout, task: Task) -> bool:
@@ -125,8 +130,3 @@ class Buffers:
                 buffer = np.empty(nbytes, np.uint8)
             yield buffer[:nbytes].view(np.float32).reshape(shape)
             self._free.append(buffer)
-
-
-def _merged(chunks: list[StoredChunk]) -> NDArray[np.float64] | None:
-    parts = [chunk.moments for chunk in chunks]
-    return None if parts[0] is None else statistics.merge(part for part in parts if part is not None)

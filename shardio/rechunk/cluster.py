@@ -23,8 +23,8 @@ from shardio.format.layout import ArrayLayout
 from shardio.rechunk.blocks import Buffers, write_block
 from shardio.rechunk.plan import Plan, Task
 from shardio.source.source import Source
-from shardio.write.job import WrittenDate
 from shardio.write.writer import ChunkWriter
+from shardio.write.written import WrittenDate
 
 if TYPE_CHECKING:
     from shardio.rechunk.request import Request

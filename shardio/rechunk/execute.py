@@ -7,7 +7,7 @@ One task is a block of dates. A task that ran twice wrote the same bytes twice; 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,8 +18,9 @@ from shardio.rechunk.blocks import execute_here
 from shardio.rechunk.plan import Task
 from shardio.rechunk.request import Prepared, Request
 from shardio.write import output
-from shardio.write.job import Job, WrittenDate
+from shardio.write.job import Job
 from shardio.write.writer import sync_folder
+from shardio.write.written import Written, WrittenDate
 
 Json = dict[str, Any]
 
@@ -53,16 +54,16 @@ def run(prepared: Prepared, report: Callable[[Progress], None] = lambda _: None)
         job = Job(destination, prepared.identity, request.command, request.sync, request.overwrite)
         try:
             output.begin_data(job.dataset, layout, prepared.source.data_attributes)
-            written = job.written(layout)
-            before = len(written)
+            written = job.written(layout, with_moments=prepared.source.statistics is None)
+            before = written.count
             todo = [task for task in prepared.plan.tasks if not _done(task, written)]
             bytes_of_date = layout.grid[3] * layout.chunk_bytes
             with ThreadPoolExecutor(1, "coordinates") as other:  # one thread, busy for a date's time at most
                 coordinates = other.submit(output.write_coordinates, job.dataset, prepared.source, layout)
                 for dates in _execute(prepared, job.dataset / "data", todo):
-                    job.record(dates)
-                    written.update((date.date, date) for date in dates)
-                    report(Progress(len(written), layout.shape[0], (len(written) - before) * bytes_of_date))
+                    written.add(dates)
+                    job.record(dates, written)
+                    report(Progress(written.count, layout.shape[0], (written.count - before) * bytes_of_date))
                     if coordinates.done():
                         coordinates.result()  # what is wrong with them is told now, not after days of fields
                 job.sweep()  # of workers killed in this run
@@ -70,13 +71,14 @@ def run(prepared: Prepared, report: Callable[[Progress], None] = lambda _: None)
                     sync_folder(job.dataset / "data")
             _check_unchanged(prepared)
             about, small = _about(prepared), coordinates.result()
-            output.finish_dataset(job.dataset, prepared.source, layout, written, about, small)
+            output.finish_dataset(
+                job.dataset, prepared.source, layout, written.crc, about, written.moments, coordinates=small
+            )
             job.publish()
         finally:
             job.close()
-    stored = sum(sum(date.nbytes) for date in written.values())
-    count = len(written)
-    return Result(str(destination), count - before, before, layout.grid[3], (count - before) * bytes_of_date, stored)
+    done = written.count - before
+    return Result(str(destination), done, before, layout.grid[3], done * bytes_of_date, written.stored_bytes)
 
 
 def _execute(prepared: Prepared, folder: Path, todo: list[Task]) -> Iterator[list[WrittenDate]]:
@@ -100,8 +102,8 @@ def _check_unchanged(prepared: Prepared) -> None:
         )
 
 
-def _done(task: Task, written: Mapping[int, WrittenDate]) -> bool:
-    return all(date in written for date in range(task.start, task.stop))
+def _done(task: Task, written: Written) -> bool:
+    return bool(written.done[task.start : task.stop].all())
 
 
 def _about(prepared: Prepared) -> Json:

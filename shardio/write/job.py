@@ -1,7 +1,8 @@
 """An output in the making: `OUT.zarr.partial/` beside OUT.zarr, and the ledger that makes it resumable.
 
     OUT.zarr.partial/job.json       what is being made: arguments, fingerprint of the source
-    OUT.zarr.partial/ledger.jsonl   one line per finished task: crc32c, size and moments of its chunks
+    OUT.zarr.partial/ledger.jsonl   one line per finished date: crc32c and size of its chunks
+    OUT.zarr.partial/statistics.json   their sums, where the source has none
     OUT.zarr.partial/dataset-ID/    becomes OUT.zarr by one rename, when it is complete
 
 A chunk counts as written when the ledger says so, never because a file exists.
@@ -17,46 +18,22 @@ import shutil
 import time
 from collections.abc import Iterable
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from shardio.errors import ChunkError, DatasetError, OutputError
 from shardio.format.codec import crc32c
 from shardio.format.layout import ArrayLayout
 from shardio.format.reader import NativeReader
-from shardio.write.writer import StoredChunk, atomic_file, sync_folder
+from shardio.write.writer import atomic_file, sync_folder
+from shardio.write.written import STATISTICS, Written, WrittenDate
 
 Json = dict[str, Any]
 SECONDS_BETWEEN_SYNCS = 1.0
-
-
-@dataclass(frozen=True)
-class WrittenDate:
-    """What the ledger knows of one date: crc32c and stored bytes of each grid-chunk, and the merged moments."""
-
-    date: int
-    crc: tuple[int, ...]
-    nbytes: tuple[int, ...]
-    moments: NDArray[np.float64] | None
-
-    @classmethod
-    def of(cls, date: int, chunks: Iterable[StoredChunk], moments: NDArray[np.float64] | None) -> WrittenDate:
-        pairs = [(chunk.crc, chunk.nbytes) for chunk in chunks]
-        return cls(date, tuple(crc for crc, _ in pairs), tuple(n for _, n in pairs), moments)
-
-    def to_line(self) -> str:
-        moments = None if self.moments is None else self.moments.tolist()
-        return json.dumps([self.date, self.crc, self.nbytes, moments]) + "\n"
-
-    @classmethod
-    def from_line(cls, line: str) -> WrittenDate:
-        date, crc, nbytes, moments = json.loads(line)
-        return cls(date, tuple(crc), tuple(nbytes), None if moments is None else np.array(moments))
+NOTES = 2  # version of what a job notes of its dates
 
 
 class Job:
@@ -80,44 +57,52 @@ class Job:
             self.resumed = begun is not None
             self.was_synced = bool(begun and begun["sync"])
             if begun is None:
-                (self.folder / "ledger.jsonl").unlink(missing_ok=True)
-                self._begin({"identity": identity, "command": command, "sync": sync})
+                for notes in ("ledger.jsonl", STATISTICS):
+                    (self.folder / notes).unlink(missing_ok=True)
+                self._begin({"notes": NOTES, "identity": identity, "command": command, "sync": sync})
             elif begun["sync"] and not sync:
                 self._begin({**begun, "sync": False})
-            ledger = (self.folder / "ledger.jsonl").open("a+", encoding="utf-8", errors="replace")
-            self._ledger = self._open.enter_context(ledger)
+            self._ledger = self._open.enter_context((self.folder / "ledger.jsonl").open("a+b"))
             self._end_torn_line()
         except BaseException:
             self.close()
             raise
         self._synced_at = time.monotonic()
 
-    def written(self, layout: ArrayLayout) -> dict[int, WrittenDate]:
+    def written(self, layout: ArrayLayout, with_moments: bool) -> Written:
         """Finished dates whose files are as the ledger says; everything else is to be written (again)."""
         self.sweep()
+        written = Written(layout.shape[0], layout.grid[3])
+        if with_moments:
+            written.load_moments(self.folder / STATISTICS)
         folder = self.dataset / "data"
-        with os.scandir(folder) as entries:
-            sizes = {entry.name: entry.stat().st_size for entry in entries}
         reader = NativeReader(folder, layout)
-        intact = {}
         self._ledger.seek(0)
         for line in self._ledger:
             try:
                 record = WrittenDate.from_line(line)
             except (ValueError, TypeError):
                 continue  # torn by a kill
-            if _sizes_match(record, layout, sizes) and (self.was_synced or _crc_matches(record, reader)):
-                intact[record.date] = record
-        return intact
+            if len(record.crc) != layout.grid[3] or not 0 <= record.date < layout.shape[0] or written.done[record.date]:
+                continue
+            # After power loss the sums may be older than the ledger.
+            summed = written.summed[record.date] or not with_moments
+            if summed and _sizes_match(record, folder, layout) and (self.was_synced or _crc_matches(record, reader)):
+                written.add([record])
+        return written
 
     def sweep(self) -> None:
         """Remove what killed processes left half-written."""
-        for file in (self.dataset / "data").glob("*.tmp"):
-            file.unlink(missing_ok=True)
+        with os.scandir(self.dataset / "data") as files:  # one by one: there may be millions
+            for file in files:
+                if file.name.endswith(".tmp"):
+                    with suppress(FileNotFoundError):
+                        os.unlink(file)
 
-    def record(self, dates: Iterable[WrittenDate]) -> None:
-        """Note finished dates. A kill loses none; power loss loses the last second, which is written again."""
-        self._ledger.write("".join(date.to_line() for date in dates))
+    def record(self, dates: Iterable[WrittenDate], written: Written) -> None:
+        """Note finished dates, which `written` has. A kill loses none; power loss the last second, written again."""
+        written.save_moments(self.folder / STATISTICS, self.sync)  # before the ledger: it promises that they are there
+        self._ledger.write(b"".join(date.to_line() for date in dates))
         self._ledger.flush()
         if self.sync and time.monotonic() - self._synced_at > SECONDS_BETWEEN_SYNCS:
             os.fsync(self._ledger.fileno())
@@ -157,6 +142,11 @@ class Job:
         """The unfinished run to continue; None where there is none, or where it may be discarded."""
         try:
             begun = read_job(self.destination)
+            if begun is not None and begun.get("notes") != NOTES:
+                raise OutputError(
+                    f"{self.folder} was begun by another version of shardio, whose notes this one cannot read. "
+                    "Finish it with that version, or discard it with --overwrite."
+                )
             if begun is not None and begun["identity"] != identity:
                 raise OutputError(_difference(self.destination, begun, identity))
             return begun
@@ -175,10 +165,10 @@ class Job:
             file.write([json.dumps(content, indent=1).encode()])
 
     def _end_torn_line(self) -> None:
-        self._ledger.seek(0)
-        content = self._ledger.read()
-        if content and not content.endswith("\n"):
-            self._ledger.write("\n")
+        if self._ledger.seek(0, os.SEEK_END):
+            self._ledger.seek(-1, os.SEEK_END)
+            if self._ledger.read() != b"\n":
+                self._ledger.write(b"\n")
 
 
 def partial_of(destination: Path) -> Path:
@@ -218,11 +208,14 @@ def refuse_unfinished(path: Path) -> None:
     begun = read_job(destination)
     if begun is None or (path == destination and destination.exists()):
         return
-    ledger = partial_of(destination) / "ledger.jsonl"
-    done = len(set(re.findall(rb"^\[(\d+),.*\]$", ledger.read_bytes(), re.MULTILINE))) if ledger.exists() else 0
+    dates = int(begun["identity"]["dates"])
+    done = bytearray(dates)
+    with suppress(FileNotFoundError), (partial_of(destination) / "ledger.jsonl").open("rb") as ledger:
+        for line in ledger:
+            if (noted := re.match(rb"\[(\d+),.*\]$", line)) and int(noted[1]) < dates:
+                done[int(noted[1])] = 1
     raise DatasetError(
-        f"{destination} is incomplete: {done} of {begun['identity']['dates']} dates are written. "
-        f"Finish it with: {begun['command']}"
+        f"{destination} is incomplete: {sum(done)} of {dates} dates are written. Finish it with: {begun['command']}"
     )
 
 
@@ -255,11 +248,16 @@ def _difference(destination: Path, begun: Json, identity: Json) -> str:
     )
 
 
-def _sizes_match(record: WrittenDate, layout: ArrayLayout, sizes: dict[str, int]) -> bool:
-    names = [layout.file_of((record.date, 0, 0, chunk))[0] for chunk in range(len(record.crc))]
-    if layout.zarr_shards is None:
-        return all(sizes.get(name) == nbytes for name, nbytes in zip(names, record.nbytes, strict=True))
-    return sizes.get(names[0]) == sum(record.nbytes) + 16 * len(record.nbytes) + 4
+def _sizes_match(record: WrittenDate, folder: Path, layout: ArrayLayout) -> bool:
+    sizes = record.nbytes
+    if layout.zarr_shards:
+        sizes = (sum(sizes) + 16 * len(sizes) + 4,)
+    # Not as `Path`, which keeps the names of all files.
+    files = (f"{folder}/{layout.file_of((record.date, 0, 0, chunk))[0]}" for chunk in range(len(sizes)))
+    try:
+        return all(os.stat(file).st_size == size for file, size in zip(files, sizes, strict=True))
+    except FileNotFoundError:
+        return False
 
 
 def _crc_matches(record: WrittenDate, reader: NativeReader) -> bool:

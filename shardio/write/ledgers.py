@@ -48,12 +48,13 @@ def read(folder: Path) -> Chunks:
     """What all ledgers of a job say."""
     found: Chunks = {}
     for ledger in (folder / FIRST, *folder.glob(OTHERS)):
-        for line in ledger.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                date, chunk, crc, nbytes = json.loads(line)
-            except (ValueError, TypeError):
-                continue  # torn, or empty
-            found[date, chunk] = (crc, nbytes)
+        with ledger.open("rb") as lines:
+            for noted in lines:
+                try:
+                    date, chunk, crc, nbytes = json.loads(noted)
+                except (ValueError, TypeError):
+                    continue  # torn, or empty
+                found[date, chunk] = (crc, nbytes)
     return found
 
 

@@ -20,7 +20,6 @@ from shardio.format.layout import DIMENSIONS, ArrayLayout
 from shardio.source.anemoi import AnemoiSource
 from shardio.source.source import STATISTICS, Extra, Source
 from shardio.write import statistics
-from shardio.write.job import WrittenDate
 from shardio.write.writer import atomic_file
 
 Json = dict[str, Any]
@@ -59,25 +58,30 @@ def finish_dataset(
     folder: Path,
     source: Source,
     layout: ArrayLayout,
-    written: Mapping[int, WrittenDate],
+    crc: NDArray[np.uint32],
     about: Json,
+    moments: statistics.Moments | None = None,
     coordinates: Mapping[str, int] | None = None,
 ) -> None:
     """Write what is not written yet, then the attributes with the complete flag, last.
 
-    `coordinates`: what `write_coordinates` returned; None where it is to be called here.
+    Args:
+      crc: [date, grid-chunk], of what is stored.
+      moments: of all values; None where the source has statistics.
+      coordinates: what `write_coordinates` returned; None where it is to be called here.
     """
     import zarr
 
     coordinates = write_coordinates(folder, source, layout) if coordinates is None else coordinates
-    dates = [written[i] for i in range(len(source.dates))]
-    total = statistics.merge([d.moments for d in dates if d.moments is not None]) if source.statistics is None else None
-    values = source.statistics or statistics.finish(total)  # type: ignore[arg-type]
+    values = source.statistics
+    if values is None:
+        assert moments is not None
+        values = statistics.finish(moments)
     arrays = [
         *(Extra(name, values[name], {}, ("variable",)) for name in STATISTICS),
-        Extra(CHECKSUMS, np.array([d.crc for d in dates], np.uint32), {}, ("time", "grid_chunk")),
+        Extra(CHECKSUMS, crc, {}, ("time", "grid_chunk")),
     ]
-    attributes = _attributes(source, layout, total, about["source_fingerprint"]) | {
+    attributes = _attributes(source, layout, moments, about["source_fingerprint"]) | {
         "shardio": {**about, "arrays": {**coordinates, **{extra.name: checksum(extra.values) for extra in arrays}}}
     }
     with _group(folder, layout) as group:
@@ -97,7 +101,7 @@ def _group(folder: Path, layout: ArrayLayout) -> Iterator[Any]:
         yield zarr.open_group(folder, mode="a", zarr_format=layout.zarr_format)  # type: ignore[arg-type]
 
 
-def _attributes(source: Source, layout: ArrayLayout, total: NDArray[np.float64] | None, fingerprint: str) -> Json:
+def _attributes(source: Source, layout: ArrayLayout, moments: statistics.Moments | None, fingerprint: str) -> Json:
     """The attributes of the source, those that describe the cut refreshed, those that are absent derived."""
     dates = [str(date) for date in source.dates]
     found = dict(source.attributes)
@@ -107,7 +111,7 @@ def _attributes(source: Source, layout: ArrayLayout, total: NDArray[np.float64] 
         "frequency": frequency(source.dates),
         "statistics_start_date": dates[0],
         "statistics_end_date": dates[-1],
-        "allow_nans": bool(len(source.missing)) or total is None or _has_nan(total, layout),
+        "allow_nans": bool(len(source.missing)) or moments is None or _has_nan(moments, layout),
         "variables_metadata": {},
         "ensemble_dimension": 2,
         "flatten_grid": True,
@@ -135,8 +139,8 @@ def _attributes(source: Source, layout: ArrayLayout, total: NDArray[np.float64] 
     return derived | found | refreshed
 
 
-def _has_nan(total: NDArray[np.float64], layout: ArrayLayout) -> bool:
-    return bool((total[0] < layout.shape[0] * layout.shape[2] * layout.shape[3]).any())
+def _has_nan(moments: statistics.Moments, layout: ArrayLayout) -> bool:
+    return bool((moments.count < layout.shape[0] * layout.shape[2] * layout.shape[3]).any())
 
 
 def _write_coordinate(group: Any, folder: Path, source: Source, name: str, layout: ArrayLayout) -> int:

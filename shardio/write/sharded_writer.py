@@ -32,7 +32,7 @@ from shardio.format.layout import ArrayLayout, grid_chunked
 from shardio.format.reader import NativeReader
 from shardio.source.source import Extra
 from shardio.write import ledgers, output
-from shardio.write.job import Job, Json, WrittenDate, partial_of, read_job
+from shardio.write.job import Job, Json, partial_of, read_job
 from shardio.write.ledgers import Lock
 from shardio.write.writer import ChunkWriter
 
@@ -248,16 +248,15 @@ class ShardedWriter:
             return
         found = ledgers.there(ledgers.read(self._job.folder), self._folder, self.layout)
         chunks = range(self.layout.grid[3])
-        written: dict[int, WrittenDate] = {}
-        for date in range(len(self.about.dates)):
+        crc = np.zeros((len(self.about.dates), len(chunks)), np.uint32)
+        for date in range(len(crc)):
             absent = [chunk for chunk in chunks if (date, chunk) not in found]
             if absent:
                 raise OutputError(
                     f"{self.path}: {self.about.dates[date]} has no grid-chunk {absent[0]}. Every rank has to `put` "
                     "every date."
                 )
-            pairs = [found[date, chunk] for chunk in chunks]
-            written[date] = WrittenDate(date, tuple(crc for crc, _ in pairs), tuple(n for _, n in pairs), None)
+            crc[date] = [found[date, chunk][0] for chunk in chunks]
         about = {
             "format_version": output.FORMAT_VERSION,
             "grid_chunks": self.layout.grid[3],
@@ -266,7 +265,7 @@ class ShardedWriter:
             "source": self.about.attributes.get("description", ""),
             "source_fingerprint": json.dumps(self._identity, sort_keys=True),
         }
-        output.finish_dataset(self._job.dataset, self.about, self.layout, written, about)  # type: ignore[arg-type]
+        output.finish_dataset(self._job.dataset, self.about, self.layout, crc, about)  # type: ignore[arg-type]
         self._job.publish()
 
 

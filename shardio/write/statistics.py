@@ -1,76 +1,165 @@
 """Mean, standard deviation, minimum and maximum of each variable, in the pass that writes the data.
 
-Every grid-chunk gives its moments; they are merged in the order of dates and chunks, so that the result depends
-neither on workers nor on interruptions. Merging: Chan, Golub and LeVeque (1983), stable where a sum of squares is not.
+Sums and sums of squares are exact: whole numbers, in units in which every float32 is one. So they are the same for
+every number of grid-chunks, workers and pieces and for every order of cells, and nothing cancels in a variance.
+
+    values --> whole numbers k of a unit 2^exponent, below 2^BITS
+    sum of k * k, known modulo 2^64 from integers (which wrap), and to less than 2^63 from floats: that is, exactly
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 Float64 = NDArray[np.float64]
-BLOCK = 2**16
+BLOCK = 2**16  # values at a time: fewer cost more in calls, more leave the processor's cache
+DOT = 2**12  # values of a dot product: its error stays below DOT * 2^-53 of it, in whatever order they are added
+BITS = 43  # 2 * BITS + log2(BLOCK * DOT) - 53 < 63: what a dot product may be wrong by
+UNIT = 149  # 2^-149, the smallest float32, of which all others are multiples
+MANTISSA = 24
+WRAP = 2**64
 
 
-def moments(values: NDArray[np.float32]) -> Float64:
-    """[5, variable]: count, mean, sum of squared deviations, minimum, maximum of `values` [variable, n] without NaN."""
-    # In blocks: a float64 copy of a whole grid-chunk would double the memory.
-    return np.stack([merge(_moments_of_block(block) for block in _blocks(row)) for row in values], axis=1)
+@dataclass(frozen=True)
+class Moments:
+    """Of some values of each variable [variable], without NaN.
+
+    Attributes:
+      count: int64, infinite values included.
+      total, squares: whole numbers of any size: the sums of finite values and of their squares, in units of 2^-UNIT
+        and of 2^(-2 UNIT).
+      low, high: float64, the smallest and the largest value; infinite the wrong way round where there is none.
+    """
+
+    count: NDArray[np.int64]
+    total: NDArray[np.object_]
+    squares: NDArray[np.object_]
+    low: Float64
+    high: Float64
+
+    def __add__(self, other: Moments) -> Moments:
+        """Of the union of disjoint sets: the same in every order."""
+        return Moments(
+            self.count + other.count,
+            self.total + other.total,
+            self.squares + other.squares,
+            np.minimum(self.low, other.low),
+            np.maximum(self.high, other.high),
+        )
+
+    def to_json(self) -> list[list[Any]]:
+        """Plain numbers, exact."""
+        return [array.tolist() for array in (self.count, self.total, self.squares, self.low, self.high)]
+
+    @classmethod
+    def from_json(cls, plain: list[list[Any]]) -> Moments:
+        """What `to_json` gave."""
+        return cls(*(np.array(column, kind) for column, kind in zip(plain, ("i8", "O", "O", "f8", "f8"), strict=True)))
 
 
-def _blocks(row: NDArray[np.float32]) -> Iterator[NDArray[np.float32]]:
-    return (row[start : start + BLOCK] for start in range(0, len(row), BLOCK))
+def moments(values: NDArray[np.float32]) -> Moments:
+    """Of `values` [variable, n]."""
+    wide = np.empty(min(BLOCK, values.shape[1]))
+    with np.errstate(invalid="ignore"):  # signalling NaN
+        rows = [_of_row(row, wide) for row in values]
+    return Moments.from_json([list(column) for column in zip(*rows, strict=True)])
 
 
-def _moments_of_block(block: NDArray[np.float32]) -> Float64:
-    valid = block[~np.isnan(block)].astype(np.float64)
-    if valid.size == 0:
-        return np.array([0, 0, 0, np.inf, -np.inf])
-    low, high = valid.min(), valid.max()
-    with np.errstate(invalid="ignore"):  # an infinite value makes mean or stdev NaN, as in NumPy
-        mean = valid.mean()
-        return np.array([valid.size, mean, np.square(valid - mean).sum(), low, high])
-
-
-def merge(parts: Iterable[Float64]) -> Float64:
-    """The moments of the union of disjoint sets, merged in the order given."""
-    total: Float64 | None = None
+def merge(parts: Iterable[Moments | None]) -> Moments | None:
+    """Of the union of disjoint sets; None where there is none."""
+    total: Moments | None = None
     for part in parts:
-        if total is None:
-            total = np.array(part, np.float64)
-            continue
-        with np.errstate(invalid="ignore"):
-            total = _merge_two(total, part)
-    assert total is not None
+        if part is not None:
+            total = part if total is None else total + part
     return total
 
 
-def _merge_two(a: Float64, b: Float64) -> Float64:
-    count = a[0] + b[0]
-    weight = np.divide(b[0], count, out=np.zeros_like(count), where=count > 0)
-    delta = b[1] - a[1]
-    return np.stack(
-        [
-            count,
-            a[1] + delta * weight,
-            a[2] + b[2] + np.square(delta) * a[0] * weight,
-            np.minimum(a[3], b[3]),
-            np.maximum(a[4], b[4]),
-        ]
-    )
+def finish(total: Moments) -> dict[str, Float64]:
+    """Statistics by name, float64 [variable]; NaN for a variable without any value. stdev is of the population.
+
+    Where values are infinite, so is the mean, or NaN where they are of both signs; stdev is NaN.
+    """
+    rows = [_finish(*column) for column in zip(*total.to_json(), strict=True)]
+    return dict(zip(("mean", "stdev", "minimum", "maximum"), np.array(rows, np.float64).T, strict=True))
 
 
-def finish(total: Float64) -> dict[str, Float64]:
-    """Statistics by name, float64 [variable]; NaN for a variable without any value. stdev is of the population."""
-    count = total[0]
-    seen = count > 0
-    nan = np.full_like(count, np.nan)
-    return {
-        "mean": np.where(seen, total[1], nan),
-        "stdev": np.sqrt(np.divide(total[2], count, out=nan.copy(), where=seen)),
-        "minimum": np.where(seen, total[3], nan),
-        "maximum": np.where(seen, total[4], nan),
-    }
+def _finish(count: int, total: int, squares: int, low: float, high: float) -> tuple[float, float, float, float]:
+    if count == 0:
+        return math.nan, math.nan, math.nan, math.nan
+    low, high = low + 0.0, high + 0.0  # of -0 and 0 either may be the lower one, as they come
+    infinite = [bound for bound in (low, high) if math.isinf(bound)]
+    if infinite:
+        return sum(infinite), math.nan, low, high
+    # Python divides whole numbers of any size and rounds once.
+    mean = total / 2**UNIT / count  # the first of them is math.fsum
+    return mean, math.sqrt((count * squares - total**2) / (count**2 << 2 * UNIT)), low, high
+
+
+def _of_row(row: NDArray[np.float32], wide: Float64) -> tuple[int, int, int, float, float]:
+    """Count, total, squares, low and high of one variable; `wide` is room for a block."""
+    count, total, squares, low, high = len(row), 0, 0, math.inf, -math.inf
+    for start in range(0, len(row), BLOCK):
+        block = row[start : start + BLOCK]
+        finite = wide[: len(block)]
+        np.copyto(finite, block)
+        least, most = float(block.min()), float(block.max())
+        largest = max(abs(least), abs(most))
+        if not math.isfinite(largest):
+            count -= int(np.count_nonzero(np.isnan(block)))
+            least, most = float(np.fmin.reduce(block)), float(np.fmax.reduce(block))
+            np.copyto(finite, 0, where=~np.isfinite(block))
+            largest = float(np.abs(finite).max())
+        low, high = min(low, least), max(high, most)
+        sums = _sums(finite, _smallest(block, least, most), largest)
+        total, squares = total + sums[0], squares + sums[1]
+    return count, total, squares, low, high
+
+
+def _smallest(block: NDArray[np.float32], low: float, high: float) -> float:
+    """Of the magnitudes other than 0."""
+    if low > 0 or high < 0:
+        return min(abs(low), abs(high))
+    bits = np.left_shift(block.view(np.uint32), 1)  # without their sign they are in the order of the magnitudes
+    bits -= 1  # 0 becomes the largest
+    return float(np.uint32((int(bits.min()) + 1) // 2).view(np.float32))
+
+
+def _sums(values: Float64, smallest: float, largest: float) -> tuple[int, int]:
+    """Sums of `values` and of their squares, in units of 2^-UNIT and of its square; overwrites `values`."""
+    total = squares = 0
+    rest: Float64 | None = values
+    while rest is not None and largest:
+        values, rest = rest, None
+        exponent = max(math.frexp(largest)[1] - BITS, -UNIT)
+        bound = 0.0 if exponent == -UNIT else math.ldexp(1, exponent + MANTISSA - 1)
+        if not smallest >= bound:  # what is smaller is no multiple of 2^exponent: its turn comes next
+            magnitudes = np.abs(values)
+            small = (magnitudes < bound) & (magnitudes > 0)
+            rest = values.compress(small)
+            largest = float(np.abs(rest).max(initial=0))
+            np.copyto(values, 0, where=small)
+        first, second = _sums_of_multiples(values, exponent)
+        total += first << (exponent + UNIT)
+        squares += second << 2 * (exponent + UNIT)
+    return total, squares
+
+
+def _sums_of_multiples(values: Float64, exponent: int) -> tuple[int, int]:
+    """Sums of k and of k * k, where `values` are k * 2^exponent, k below 2^BITS; overwrites `values`."""
+    whole = len(values) // DOT * DOT
+    parts, rest = values[:whole].reshape(-1, DOT), values[whole:]
+    dots = float((parts[:, None, :] @ parts[:, :, None]).sum() + rest @ rest)
+    # Beside a number so large, the unit of float64 is 2^exponent: its last bits are those of k.
+    large = math.ldexp(1.5, exponent + 52)
+    values += large
+    bits, offset, n = values.view(np.uint64), int(np.float64(large).view(np.uint64)), len(values)
+    first = (int(bits.sum()) - n * offset + WRAP // 2) % WRAP - WRAP // 2
+    bits *= bits
+    second = (int(bits.sum()) - 2 * offset * first - n * offset**2) % WRAP
+    return first, second + WRAP * round((math.ldexp(dots, -2 * exponent) - second) / WRAP)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from shardio.format.codec import crc32c
 from shardio.format.layout import ENCODED_AHEAD, ArrayLayout
 from shardio.format.reader import Scratch
-from shardio.write import statistics
+from shardio.write.statistics import Moments, moments
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -24,14 +24,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class StoredChunk:
-    """What the ledger keeps of a chunk.
-
-    `crc` is of the stored bytes (in v3 without their own crc32c), `moments` [5, variable] or None.
-    """
+    """What is kept of a chunk: `crc` is of the stored bytes (in v3 without their own crc32c)."""
 
     crc: int
     nbytes: int
-    moments: NDArray[np.float64] | None
+    moments: Moments | None
 
 
 class ChunkWriter:
@@ -53,26 +50,33 @@ class ChunkWriter:
 
     def encode(self, fields: NDArray[np.float32]) -> tuple[list[bytes], StoredChunk]:
         """Compress `fields` [variable, ensemble, cells of one chunk or fewer]; short chunks are padded with NaN."""
-        chunk, cells = self.buffer(), fields.shape[-1]
-        if not np.may_share_memory(chunk, fields):
-            chunk[..., :cells] = fields
+        cells = fields.shape[-1]
+        self.buffer()[..., :cells] = fields
+        return self.encode_in_place(cells)
+
+    def encode_in_place(self, cells: int) -> tuple[list[bytes], StoredChunk]:
+        """Compress what lies in this thread's `buffer`, the first `cells` of it."""
+        chunk = self.buffer()
         chunk[..., cells:] = self.layout.fill_value
         assert self.layout.codec is not None
         stored = self.layout.codec.encode(chunk)
-        moments = statistics.moments(chunk[..., :cells].reshape(len(chunk), -1)) if self._with_moments else None
+        found = moments(chunk[..., :cells].reshape(len(chunk), -1)) if self._with_moments else None
         crc = crc32c(stored)
         if self.layout.checked:
-            return [stored, crc.to_bytes(4, "little")], StoredChunk(crc, len(stored) + 4, moments)
-        return [stored], StoredChunk(crc, len(stored), moments)
+            return [stored, crc.to_bytes(4, "little")], StoredChunk(crc, len(stored) + 4, found)
+        return [stored], StoredChunk(crc, len(stored), found)
 
     def buffer(self) -> NDArray[np.float32]:
-        """Where this thread gathers a chunk [variable, ensemble, cell]; fields that lie there already stay in place."""
+        """Where this thread gathers a chunk [variable, ensemble, cell]."""
         shape = self.layout.chunks[1:]
         return self._scratch.take("gathered", int(np.prod(shape)) * 4).view(np.float32).reshape(shape)
 
     def store(self, date: int, chunk: int, fields: NDArray[np.float32]) -> StoredChunk:
         """Encode one chunk into its own file."""
-        parts, stored = self.encode(fields)
+        return self.save(date, chunk, *self.encode(fields))
+
+    def save(self, date: int, chunk: int, parts: list[bytes], stored: StoredChunk) -> StoredChunk:
+        """Write an encoded chunk into its own file."""
         with atomic_file(self.folder / self.layout.file_of((date, 0, 0, chunk))[0], self._sync) as file:
             file.write(parts)
         return stored
@@ -84,10 +88,14 @@ class ChunkFiles:
     def __init__(self, writer: ChunkWriter, date: int):
         self._writer, self._date = writer, date
 
-    def write(self, first: int, fields: list[NDArray[np.float32]], pool: Executor) -> Iterable[StoredChunk]:
+    def write(self, first: int, fields: list[NDArray[np.float32]], pool: Executor) -> list[StoredChunk]:
         """Store consecutive chunks, the first of them number `first`."""
         numbers = range(first, first + len(fields))
-        return pool.map(lambda chunk, values: self._writer.store(self._date, chunk, values), numbers, fields)
+        return list(pool.map(lambda chunk, values: self._writer.store(self._date, chunk, values), numbers, fields))
+
+    def write_in_place(self, chunk: int, cells: int) -> StoredChunk:
+        """Store what this thread has gathered in the writer's buffer."""
+        return self._writer.save(self._date, chunk, *self._writer.encode_in_place(cells))
 
     def __enter__(self) -> ChunkFiles:
         return self
@@ -104,15 +112,22 @@ class ZarrShard:
         self._index: list[tuple[int, int]] = []
         self._end = 0
 
-    def write(self, first: int, fields: list[NDArray[np.float32]], pool: Executor) -> Iterable[StoredChunk]:
+    def write(self, first: int, fields: list[NDArray[np.float32]], pool: Executor) -> list[StoredChunk]:
         """Append consecutive chunks; `first` is the number of those already there."""
         assert first == len(self._index)
         ahead = self._writer.threads + ENCODED_AHEAD
-        for parts, stored in _lookahead(pool, self._writer.encode, fields, ahead):
-            self._index.append((self._end, stored.nbytes))
-            self._end += stored.nbytes
-            self._file.write(parts)
-            yield stored
+        return [self._append(*encoded) for encoded in _lookahead(pool, self._writer.encode, fields, ahead)]
+
+    def write_in_place(self, chunk: int, cells: int) -> StoredChunk:
+        """Append what this thread has gathered in the writer's buffer; `chunk` is the number of those there."""
+        assert chunk == len(self._index)
+        return self._append(*self._writer.encode_in_place(cells))
+
+    def _append(self, parts: list[bytes], stored: StoredChunk) -> StoredChunk:
+        self._index.append((self._end, stored.nbytes))
+        self._end += stored.nbytes
+        self._file.write(parts)
+        return stored
 
     def __enter__(self) -> ZarrShard:
         self._file = atomic_file(self._path, self._sync)

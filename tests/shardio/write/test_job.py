@@ -18,7 +18,8 @@ from shardio.check.verify import check
 from shardio.errors import DatasetError, OutputError
 from shardio.rechunk import Request, prepare, run
 from shardio.source.source import Selection
-from shardio.write.job import WrittenDate, partial_of
+from shardio.write.job import partial_of
+from shardio.write.written import WrittenDate
 
 DATES, KILLS = 60, 20
 
@@ -302,11 +303,8 @@ def test_torn_ledger_lines_are_ignored(garbage, unfinished, uninterrupted, tree,
 
 
 def test_a_date_is_the_same_after_its_line_in_the_ledger():
-    moments = np.array([[1, 0], [0.1 + 0.2, 0], [1e-300, 0], [3.5, np.inf], [3.5, -np.inf]])
-    date = WrittenDate(3, (1, 2**32 - 1), (10, 20), moments)
-    again = WrittenDate.from_line(date.to_line())
-    assert (again.moments == moments).all()
-    assert (again.date, again.crc, again.nbytes) == (3, (1, 2**32 - 1), (10, 20))
+    date = WrittenDate(3, (1, 2**32 - 1), (10, 2**33), None)
+    assert WrittenDate.from_line(date.to_line()) == date
 
 
 @pytest.mark.parametrize("words", [("info",), ("verify",)])
