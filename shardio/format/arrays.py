@@ -10,12 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardio.errors import ChunkError, DatasetError
+from shardio.format.blocks import streams
 from shardio.format.boxes import overlap
 from shardio.format.codec import Codec, crc32c
 from shardio.format.layout import ArrayLayout, parse
 from shardio.format.metadata import array_metadata
 from shardio.format.store import Store, read_json
-from shardio.format.stream import BloscRows, streams
+from shardio.format.stream import BloscRows
 
 STREAMED = 2**20  # bytes of a buffer; blocks of blosc are smaller
 

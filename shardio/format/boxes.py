@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+# Along each axis a range, or a list of indices in any order; lists along several axes mean their outer product.
 Box = tuple[slice | tuple[int, ...], ...]
 
 

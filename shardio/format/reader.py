@@ -7,7 +7,6 @@ decode in place), TensorstoreReader (remote stores and other codecs), ZarrReader
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
@@ -18,14 +17,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardio.errors import REMEDY, ChunkError
+from shardio.format.blocks import HEADER, BloscBlocks, Rows, streams
 from shardio.format.boxes import Box, chunks_of, outer_index, overlap
 from shardio.format.codec import crc32c
 from shardio.format.layout import ArrayLayout
+from shardio.format.scratch import Scratch
 from shardio.format.store import SECONDS_TO_ANSWER, LocalStore, Store, kvstore_spec, remote_context
-from shardio.format.stream import HEADER, BloscRows, streams
+from shardio.format.stream import BloscRows
 from shardio.format.threads import for_each
 
-# Along each axis a range, or a list of indices in any order; lists along several axes mean their outer product.
 NO_CHUNK = 2**64 - 1
 MOST_INDEXES = 4096  # of Zarr shards, kept in memory
 
@@ -37,18 +37,6 @@ class Reader(Protocol):
 
     def read(self, box: Box, out: NDArray[Any], pool: Executor | None = None) -> None:
         """Fill `out` with the values of `box`, cast to the dtype of `out`."""
-
-
-class Scratch(threading.local):
-    """One growing byte buffer per thread and purpose: fresh memory costs as much as decoding."""
-
-    def take(self, purpose: str, nbytes: int, likely: int = 0) -> NDArray[np.uint8]:
-        """`nbytes` bytes; `likely` is how many it may be another time, so that the buffer need not grow."""
-        buffer: NDArray[np.uint8] | None = getattr(self, purpose, None)
-        if buffer is None or buffer.nbytes < nbytes:
-            buffer = np.empty(max(nbytes, likely), np.uint8)
-            setattr(self, purpose, buffer)
-        return buffer[:nbytes]
 
 
 class NativeReader:
@@ -100,13 +88,30 @@ class NativeReader:
 
     def read_chunk(self, chunk: tuple[int, ...], out: NDArray[Any], crc: int | None = None) -> None:
         """Decode a whole chunk straight into contiguous `out` of its shape and dtype; `crc` is checked where given."""
-        where = self.where(chunk)
+        self.decode(self._required(chunk, crc), out, self.where(chunk))
+
+    def read_rows(self, chunk: tuple[int, ...], rows: Rows, crc: int | None = None) -> None:
+        """Decode parts of a chunk, each straight to its place where the codec allows; `crc` is checked where given."""
+        assert self.layout.codec is not None
+        stored, where = self._required(chunk, crc), self.where(chunk)
+        if self.layout.codec.kind == "blosc":
+            payload = self._payload(stored, where)
+            if streams(payload, self.layout.chunk_bytes):
+                blocks = BloscBlocks(payload, self.layout.chunk_bytes, where)
+                return blocks.scatter(rows, self._scratch.take("block", blocks.size))
+        decoded = self._scratch.take("decoded", self.layout.chunk_bytes)
+        self.decode(stored, decoded, where)
+        for begin, row in rows:
+            row[:] = decoded[begin : begin + len(row)]
+
+    def _required(self, chunk: tuple[int, ...], crc: int | None = None) -> NDArray[np.uint8]:
+        """Stored bytes of a chunk, as `stored` has them; ChunkError where absent, or `crc` is not theirs."""
         stored = self.stored(chunk)
         if stored is None:
-            raise ChunkError(f"{where} is missing. {REMEDY}")
+            raise ChunkError(f"{self.where(chunk)} is missing. {REMEDY}")
         if crc is not None and crc32c(stored[: len(stored) - 4 * self.layout.checked]) != crc:
-            raise ChunkError(f"{where}: the crc32c of its stored bytes is not the one recorded. {REMEDY}")
-        self.decode(stored, out, where)
+            raise ChunkError(f"{self.where(chunk)}: the crc32c of its stored bytes is not the one recorded. {REMEDY}")
+        return stored
 
     def streams(self, chunk: tuple[int, ...], largest_block: int) -> bool:
         """Whether `stream` can take a chunk: blosc, in blocks of at most `largest_block` decoded bytes."""
@@ -117,11 +122,8 @@ class NativeReader:
 
     def stream(self, chunk: tuple[int, ...], begins: Sequence[int]) -> BloscRows:
         """Rows of a chunk that begin at bytes `begins`, to be taken on this thread before it reads again."""
-        stored, where = self.stored(chunk), self.where(chunk)
-        if stored is None:
-            raise ChunkError(f"{where} is missing. {REMEDY}")
-        payload = self._payload(stored, where)
-        return BloscRows(payload, self.layout.chunk_bytes, begins, where)
+        where = self.where(chunk)
+        return BloscRows(self._payload(self._required(chunk), where), self.layout.chunk_bytes, begins, where)
 
     def where(self, chunk: tuple[int, ...]) -> str:
         """A chunk as messages name it."""
@@ -146,8 +148,7 @@ class NativeReader:
         return payload
 
     def _read_chunk(self, chunk: tuple[int, ...], box: Box, out: NDArray[Any]) -> None:
-        layout = self.layout
-        where = self.where(chunk)
+        layout, where = self.layout, self.where(chunk)
         overlaps = [overlap(cut, i, n) for cut, i, n in zip(box, chunk, layout.chunks, strict=True)]
         place, inner = (
             outer_index(side, shape)

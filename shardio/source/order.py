@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from shardio.errors import DatasetError
 from shardio.format.codec import crc32c
-from shardio.format.reader import Scratch
+from shardio.format.scratch import Scratch
 from shardio.source.anemoi import AnemoiSource
 from shardio.source.source import Extra, Json, Source
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from shardio.format.codec import crc32c
 from shardio.format.layout import ENCODED_AHEAD, ArrayLayout
-from shardio.format.reader import Scratch
+from shardio.format.scratch import Scratch
 from shardio.write.statistics import Moments, moments
 
 P = ParamSpec("P")

@@ -17,7 +17,8 @@ from shardio.source.source import Selection
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from loading_fixtures import write_source
 
-from shardio.format.stream import HEADER, UNCOMPRESSED, BloscRows, streams
+from shardio.format.blocks import HEADER, UNCOMPRESSED, streams
+from shardio.format.stream import BloscRows
 
 
 def compressed(values, cname="lz4", shuffle=1, blocksize=0):
