@@ -8,6 +8,7 @@ if TYPE_CHECKING:  # what __getattr__ gives at run time, for type checkers and e
     from shardio.load.loader import ShardedDataLoader
     from shardio.load.partition import Partition, balanced, partition
     from shardio.load.reading import Reading
+    from shardio.load.reads import Reads, Wanted
     from shardio.load.sampler import ReadGroupSampler, valid_starts
     from shardio.load.topology import Topology
     from shardio.rechunk.allocator import keep_freed_memory
@@ -25,11 +26,13 @@ __all__ = [
     "Partition",
     "ReadGroupSampler",
     "Reading",
+    "Reads",
     "RossbyWaves",
     "ShardedBatch",
     "ShardedDataLoader",
     "ShardedWriter",
     "Topology",
+    "Wanted",
     "__version__",
     "balanced",
     "begun_chunk_cells",
@@ -48,12 +51,14 @@ _HOMES = {
     "Partition": "load.partition",
     "ReadGroupSampler": "load.sampler",
     "Reading": "load.reading",
+    "Reads": "load.reads",
     "RossbyWaves": "source.synthetic",
     "STATISTICS": "source.source",
     "ShardedBatch": "load.batch",
     "ShardedDataLoader": "load.loader",
     "ShardedWriter": "write.sharded_writer",
     "Topology": "load.topology",
+    "Wanted": "load.reads",
     "balanced": "load.partition",
     "begun_chunk_cells": "write.sharded_writer",
     "is_complete": "write.sharded_writer",

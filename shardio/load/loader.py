@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from shardio.errors import SelectionError
-from shardio.format.reader import NativeReader
-from shardio.format.threads import Threads, cores
+from shardio.format.threads import Threads
 from shardio.load.batch import ShardedBatch
 from shardio.load.dataset import Dataset, ReadCostWarning
+from shardio.load.fill import Filler
+from shardio.load.memory import Recycler
 from shardio.load.partition import partition
+from shardio.load.pinned import PinnedMemory
 from shardio.load.reading import Reading
 from shardio.load.redistribute import check_group
-from shardio.load.ring import Recycler, Ring
+from shardio.load.ring import Key, Ring, threads_for
 from shardio.load.sampler import Position, ReadGroupSampler, Sample, valid_starts
 from shardio.load.topology import Topology
-
-MOST_LOCAL_THREADS = 8
-REMOTE_THREADS = 16  # they wait for the network, not for a core
 
 
 class ShardedDataLoader:
@@ -66,33 +66,30 @@ class ShardedDataLoader:
         threads: int | None = None,
         verify: bool = False,
     ):
-        for name, value, least in (("input_steps", input_steps, 1), ("target_steps", target_steps, 0)):
-            if value < least:
-                raise SelectionError(f"{name} is {value}. Use {least} or more.")
+        self.window = Window(input_steps, target_steps, targets_read)
+        self.dataset, self.topology = dataset, topology or Topology()
+        self.prefetch, self.group = prefetch, group
+        self.device = None if device is None else torch.device(device)
         if prefetch < 1:
             raise SelectionError(f"prefetch is {prefetch}. Use 1 (no reading ahead) or more.")
-        self.dataset, self.topology = dataset, topology or Topology()
-        self.input_steps, self.steps = input_steps, input_steps + target_steps
-        self.targets_read, self.prefetch, self.group = targets_read, prefetch, group
-        self.device = None if device is None else torch.device(device)
         if group is not None:
             check_group(group, self.topology)
-        starts = valid_starts(dataset.dates, dataset.is_missing, self.steps, dataset.step)
+        starts = valid_starts(dataset.dates, dataset.is_missing, self.window.steps, dataset.step)
         self.sampler = ReadGroupSampler(starts, self.topology, batch_size, shuffle, seed, drop_last)
         owners = partition(dataset.shape[3], self.topology.model_size, dataset.chunk_cells)
         self.reading = Reading(owners, self.topology, shared=group is not None, whole=not keep_batch_sharded)
         _tell_cost(self.reading)
-        self._pool = Threads(threads or _threads(dataset), "shardio-read")
-        self._memory = Recycler()
-        spare = (prefetch + 2) * batch_size * self.steps
-        self._ring = Ring(dataset, self.reading, self._pool, verify, _is_cuda(self.device), spare)
+        self._pool = Threads(threads or threads_for(dataset), "shardio-read")
+        self._memory = PinnedMemory() if _is_cuda(self.device) else Recycler(prefetch + 2)
+        cells = partial(self.reading.cells_read, model_rank=self.topology.model_rank)
+        self._ring = Ring(Filler(dataset, verify), cells, self._pool, self._memory, prefetch + 2)
 
     def __len__(self) -> int:
         """Batches of a whole epoch."""
         return self.sampler.batches_per_epoch
 
     def __iter__(self) -> Iterator[ShardedBatch]:
-        steps, upcoming = self.steps_read(self.sampler.begin()), self.sampler.upcoming()
+        steps, upcoming = self.window.read(self.sampler.begin()), self.sampler.upcoming()
         ahead: deque[tuple[Position, ShardedBatch]] = deque()
         try:
             while True:
@@ -106,20 +103,9 @@ class ShardedDataLoader:
                     batch.exchange(self.group, self.device)
                 self.sampler.epoch, self.sampler.cursor = position
                 yield batch
-                del batch
         finally:
             ahead.clear()
             self._ring.collect()
-
-    def steps_read(self, epoch: int) -> int:
-        """Dates of each sample that a batch of this epoch holds."""
-        steps = self.steps if self.targets_read is None else self.input_steps + self.targets_read(epoch)
-        if not self.input_steps <= steps <= self.steps:
-            raise SelectionError(
-                f"targets_read({epoch}) is {steps - self.input_steps}. Let it be 0 to {self.steps - self.input_steps}, "
-                "the target_steps of a sample."
-            )
-        return steps
 
     def state_dict(self) -> dict[str, Any]:
         """The exact position after the last batch handed out."""
@@ -138,20 +124,43 @@ class ShardedDataLoader:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def _begin(self, samples: list[Sample], steps: int) -> ShardedBatch:
-        leases = [self._ring.lease(sample.start + step) for sample in samples for step in range(steps)]
-        return ShardedBatch(leases, samples, steps, self.dataset, self.reading, self._memory)
+        _, variables, members, _ = self.dataset.shape
+        dates = [sample.start + step for sample in samples for step in range(steps)]
+        lease = self._ring.lease([Key(date, tuple(range(variables)), members) for date in dates])
+        return ShardedBatch(lease, samples, steps, self.dataset, self.reading)
+
+
+@dataclass(frozen=True)
+class Window:
+    """The dates of a sample; see `ShardedDataLoader`."""
+
+    input_steps: int
+    target_steps: int
+    targets_read: Callable[[int], int] | None
+
+    def __post_init__(self) -> None:
+        for name, least in (("input_steps", 1), ("target_steps", 0)):
+            if getattr(self, name) < least:
+                raise SelectionError(f"{name} is {getattr(self, name)}. Use {least} or more.")
+
+    @property
+    def steps(self) -> int:
+        """Dates of a whole sample."""
+        return self.input_steps + self.target_steps
+
+    def read(self, epoch: int) -> int:
+        """Dates of each sample that a batch of this epoch holds; SelectionError where a sample has not so many."""
+        targets = self.target_steps if self.targets_read is None else self.targets_read(epoch)
+        if not 0 <= targets <= self.target_steps:
+            raise SelectionError(
+                f"targets_read({epoch}) is {targets}. Let it be 0 to {self.target_steps}, the target_steps of a sample."
+            )
+        return self.input_steps + targets
 
 
 def _is_cuda(device: torch.device | None) -> bool:
     """Pinned memory opens a context on a GPU: a rank that computes on its CPU is not to have one on somebody's GPU."""
     return device is not None and device.type == "cuda"
-
-
-def _threads(dataset: Dataset) -> int:
-    if any(not isinstance(part.source.reader, NativeReader) for part in dataset.parts):
-        return REMOTE_THREADS
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, min(MOST_LOCAL_THREADS, cores() // ranks_here))
 
 
 def _tell_cost(reading: Reading) -> None:

@@ -62,9 +62,12 @@ class Reading:
         start = chunk * self.owners.chunk_cells
         return slice(start, min(start + self.owners.chunk_cells, self.owners.bounds[-1]))
 
-    def cells_kept(self, chunk: int, model_rank: int) -> slice:
-        """The cells of a chunk that the rank which read it hands out: all of them where batches are redistributed."""
-        return self.cells_of(chunk) if self.exchanges else meet(self.cells_of(chunk), self.wanted(model_rank))
+    def cells_read(self, date: int, model_rank: int) -> slice:
+        """The cells of a date that a rank reads: all of its chunks where batches are redistributed, else its own."""
+        if not self.exchanges:
+            return self.wanted(model_rank)
+        chunks = self.chunks_read(date, model_rank)
+        return slice(self.cells_of(chunks[0]).start, self.cells_of(chunks[-1]).stop) if chunks else slice(0, 0)
 
     @property
     def read_amplification(self) -> float:

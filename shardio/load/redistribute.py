@@ -11,7 +11,6 @@ from torch import Tensor
 
 from shardio.errors import TopologyError
 from shardio.load.reading import Reading, meet, within
-from shardio.load.ring import put
 from shardio.load.topology import Topology
 
 if TYPE_CHECKING:
@@ -80,12 +79,11 @@ def _pack(batch: ShardedBatch, me: int, outgoing: Tensor, per_cell: int) -> None
     held = batch.pieces
     end = 0
     for target in range(batch.reading.topology.model_size):
-        for place, chunk, cells in _transfers(batch, me, target):
+        for place, _, cells in _transfers(batch, me, target):
             start, end = end, end + (cells.stop - cells.start) * per_cell
             block = outgoing[start:end].view(variables, ensemble, -1)
-            for piece in held[place]:
-                if piece.chunk == chunk:
-                    put(block, piece.trimmed(cells))
+            piece = held[place]
+            block.copy_(piece.values[..., within(cells, piece.cells)], non_blocking=True)
 
 
 def _unpack(batch: ShardedBatch, me: int, incoming: Tensor) -> Tensor:
