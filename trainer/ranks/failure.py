@@ -22,9 +22,10 @@ from shardio.errors import ShardioError
 
 FIRST = "trainer/first_to_fail"
 SIGNS_OF_LOSS = (
-    *("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting"),
-    *("gloo/", "NCCL"),
+    *("Connection closed by", "Connection reset by peer", "Broken pipe", "Timed out waiting", "gloo/"),
+    *("ncclRemoteError", "NCCL communicator was aborted", "caught collective operation timeout"),
 )
+REASON_OF_NCCL = "Last error:"  # after pages on where it was noticed
 REMEDIES = {  # by command
     "fit": "Resume with --ckpt_path last.",
     "validate": "Run the same command again.",
@@ -78,10 +79,14 @@ def rank() -> int | None:
 
 
 def lost_a_rank(error: BaseException) -> bool:
-    """Whether this is only the echo of what happened to another rank."""
+    """Whether this is only the echo of what happened to another rank.
+
+    An error of NCCL alone is none: two ranks on one GPU are told to all ranks alike, and no other rank tells of it.
+    """
     if isinstance(error, ShardioError) or not isinstance(error, RuntimeError):
         return False
-    return isinstance(error, dist.DistError) or any(sign in str(error) for sign in SIGNS_OF_LOSS)
+    is_network = isinstance(error, dist.DistError) and not isinstance(error, dist.DistBackendError)
+    return is_network or any(sign in str(error) for sign in SIGNS_OF_LOSS)
 
 
 def is_first() -> bool:
@@ -148,6 +153,9 @@ def _words(error: BaseException, debug: bool) -> str:
     if isinstance(error, ShardioError):
         return str(error)
     advice = "" if debug else " (--debug shows where)"
+    if isinstance(error, dist.DistBackendError) and REASON_OF_NCCL in str(error):
+        reason = str(error).partition(REASON_OF_NCCL)[2].strip().partition("\n")[0]
+        return f"NCCL cannot connect the ranks: {reason}. NCCL_DEBUG=WARN tells more{advice}"
     return f"{type(error).__name__}: {error}{advice}"
 
 

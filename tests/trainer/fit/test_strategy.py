@@ -7,7 +7,7 @@ from runs import Run, checkpoint, fit, tiny, trace
 
 from shardio.errors import ChunkError, TopologyError
 from trainer import DDPGroupStrategy
-from trainer.ranks.failure import lost_a_rank
+from trainer.ranks.failure import _words, lost_a_rank
 
 STEPS = ["--trainer.max_steps=4", "--trainer.precision=64-true", "--trainer.gradient_clip_val=0.01"]
 
@@ -50,6 +50,19 @@ def test_a_timeout_of_nothing_is_refused():
         DDPGroupStrategy(timeout_seconds=0)
 
 
+DUPLICATE = (
+    "NCCL error in: ../torch/csrc/distributed/c10d/NCCLUtils.cpp:268, invalid usage (run with NCCL_DEBUG=WARN for "
+    "details), NCCL version 2.21.5\nncclInvalidUsage: This usually reflects invalid usage of NCCL library.\n"
+    "Last error:\nDuplicate GPU detected : rank 1 and rank 0 both on CUDA device 1b000\nException raised from ..."
+)
+REMOTE = (
+    "NCCL error in: ../torch/csrc/distributed/c10d/ProcessGroupNCCL.cpp:3690, remote process exited or there was a "
+    "network error, NCCL version 2.21.5\nncclRemoteError: A call failed possibly due to a network error or a remote "
+    "process exiting prematurely.\nLast error:\nsocketProgress: Connection closed by remote peer node<49152>"
+)
+WATCHDOG = "[Rank 1] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7) ran for 600000 milliseconds"
+
+
 @pytest.mark.parametrize(
     ("error", "lost"),
     [
@@ -59,10 +72,23 @@ def test_a_timeout_of_nothing_is_refused():
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
         (ChunkError("Connection reset by peer"), False),  # of a remote store
         (OSError("Connection reset by peer"), False),
+        (dist.DistBackendError(DUPLICATE), False),
+        (dist.DistBackendError(DUPLICATE.replace("invalid usage", "unhandled cuda error")), False),
+        (dist.DistBackendError(REMOTE), True),
+        (dist.DistBackendError(WATCHDOG), True),
+        (dist.DistBackendError("NCCL communicator was aborted on rank 1."), True),
     ],
 )
 def test_the_echo_of_a_lost_rank_is_told_from_an_error_of_this_one(error, lost):
     assert lost_a_rank(error) is lost
+
+
+def test_what_nccl_says_at_last_is_the_message():
+    told = _words(dist.DistBackendError(DUPLICATE), debug=True)
+    assert told == (
+        "NCCL cannot connect the ranks: Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 1b000. "
+        "NCCL_DEBUG=WARN tells more"
+    )
 
 
 def test_one_rank_takes_zeros_for_a_weight_without_gradient_as_many_ranks_do():
