@@ -28,8 +28,9 @@ from trainer.fit.optimizer import OptimizerOptions
 from trainer.graph.graph import GraphOptions, build_graph
 from trainer.model.forecaster import Roles
 from trainer.model.model import ModelOptions
+from trainer.model.precision import Precision
 from trainer.plan.counts import CutGraph
-from trainer.plan.footprint import PRECISIONS, Footprint, Job, footprint
+from trainer.plan.footprint import Footprint, Job, footprint
 from trainer.plan.live_bytes import LiveBytes
 from trainer.step import forecast_loss
 
@@ -52,12 +53,12 @@ def measure(comm: Comm, sizes: Sizes, precision: str) -> dict[str, Any]:
     """Of one real rank, in its second step, in Lightning's order."""
     strangers = {id(tensor) for tensor in living_tensors()}
     counting = Counting(comm)
-    step, kind = Step(counting, sizes), PRECISIONS[precision][1]
+    step = Step(counting, sizes)
     batch, dates, members, cells, variables = step.shape
     fields = torch.randn(batch, dates, variables, members, cells).permute(0, 1, 3, 4, 2)
 
     def take() -> None:
-        with torch.autocast("cpu", dtype=kind or torch.bfloat16, enabled=kind is not None):
+        with Precision(precision).autocast("cpu"):
             loss = forecast_loss(step.forecaster, step.loss, fields, sizes.rollout).value
         step.optimizer.zero_grad()
         loss.backward()
@@ -86,7 +87,7 @@ def predict(sizes: Sizes, precision: str, ranks: int, every: bool = False) -> di
         sizes.channels, sizes.layers, sizes.heads, 4, sizes.num_chunks, sizes.checkpointing, sizes.shard_strategy
     )
     roles = Roles(names, names[: sizes.forcings], allow_nan=names[len(names) - sizes.lacking :])
-    settings = {"network": network, "optimizer": OptimizerOptions(), "precision": precision}
+    settings = {"network": network, "optimizer": OptimizerOptions(), "precision": Precision(precision)}
     job = Job(roles, sizes.input_steps, sizes.rollout, sizes.batch, **settings)
     others = [rank for rank in range(ranks) if every and rank != cut.largest]
     return {rank: footprint(job, cut.rank(rank)) for rank in (cut.largest, *others)}

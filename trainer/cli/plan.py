@@ -27,6 +27,7 @@ from trainer.graph.graph import PARTS, GraphOptions
 from trainer.model.forecaster import Roles
 from trainer.model.loss import LossOptions, variable_weights
 from trainer.model.model import ModelOptions
+from trainer.model.precision import Precision
 from trainer.plan.footprint import Job
 from trainer.plan.planner import RESERVE, Field, Planner, Recommendation, Row
 
@@ -127,17 +128,11 @@ def plan_of(options: Namespace) -> Planner:
         ModelOptions(**model.network.as_dict()),
         loss,
         OptimizerOptions(**model.optimizer.as_dict()),
-        _precision(options.trainer.precision),
+        Precision(options.trainer.precision),
         "cpu" if options.trainer.accelerator == "cpu" else "cuda",
     )
     graph, groups = GraphOptions(**model.graph.as_dict()), options.strategy.read_group_size
     return Planner(field, job, graph, data.prefetch, groups, data.keep_batch_sharded)
-
-
-def _precision(given: str | int) -> str:
-    """Lightning knows short names too."""
-    short = {"32": "32-true", "64": "64-true", "16": "16-mixed", "bf16": "bf16-mixed"}
-    return short.get(str(given), str(given))
 
 
 def _field(options: Namespace) -> tuple[Field, tuple[str, ...], int]:
@@ -200,7 +195,7 @@ def show(planner: Planner, rows: list[Row], advice: Recommendation, memory: int)
     job, console = planner.job, Console(highlight=False, width=width)
     console.print(
         f"[bold]{planner.field.name}[/]: {planner.field.cells:,} cells, hidden mesh {planner.options.hidden}; "
-        f"batch {job.batch}, rollout {job.rollout}, {job.precision} on {job.accelerator}; num_chunks "
+        f"batch {job.batch}, rollout {job.rollout}, {job.precision.name} on {job.accelerator}; num_chunks "
         f"{job.network.num_chunks}, checkpointing {'on' if job.network.checkpointing else 'off'}; the largest rank of M"
     )
     table = Table("M", *(str(row.ranks) for row in rows), box=None)

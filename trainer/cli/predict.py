@@ -74,6 +74,7 @@ def build_parser() -> Parser:
     ranks("--devices", type=int | None, default=None, help="Ranks per machine. Default: those of --config, or 1.")
     ranks("--num_nodes", type=int | None, default=None, help="Machines. Default: those of --config, or 1.")
     ranks("--num_gpus_per_model", type=int | None, default=None, help="Ranks per model. Default: see above, or all.")
+    ranks("--precision", type=str | int | None, default=None, help="Such as bf16-mixed. Default: of the training.")
     ranks("--num_chunks", type=int | None, default=None, help="Parts of encoder and decoder: more parts, less memory.")
     ranks("--timeout_seconds", type=float, default=600.0, help="After which a rank gives up waiting for another.")
     return parser
@@ -94,7 +95,7 @@ def main(arguments: list[str]) -> None:
     begun = [size for date in dates if (size := begun_chunk_cells(path_of(folder, date))) is not None]
     cells = forecast_partition(dataset, topology.model_size, None if options.overwrite else max(begun, default=None))
     names = [name.strip() for name in options.variables.split(",")] if options.variables is not None else None
-    asked = (options.lead_time, folder, names, options.members, config)
+    asked = (options.lead_time, folder, names, options.members, config, options.precision)
     tasks = [plan(trained, dataset, cells, date, *asked) for date in dates]
     if options.netcdf:
         refuse_own_names(tasks[0].about.variables)
@@ -115,7 +116,7 @@ def main(arguments: list[str]) -> None:
         mine = missing[topology.data_rank :: topology.data_size]
         if mine:
             network = {"num_chunks": options.num_chunks} if options.num_chunks else {}
-            forecast = assemble(trained, dataset, share, **network)
+            forecast = assemble(trained, dataset, share, options.precision, **network)
         command = shlex.join(["trainer", "predict", *arguments])
         with _Bar(topology.rank == 0) as bar:
             for task in mine:
@@ -227,8 +228,8 @@ def _prepare(folder: Path, missing: list[Task], overwrite: bool) -> None:
     other = [task.path for task in missing if task.path.exists()]
     if other and not overwrite:
         raise OutputError(
-            f"{other[0]} is another forecast, of another checkpoint, lead time, dataset or other variables. Use "
-            "--overwrite to replace it, or choose another folder with --output."
+            f"{other[0]} is another forecast, of another checkpoint, lead time, precision, dataset or other variables. "
+            "Use --overwrite to replace it, or choose another folder with --output."
         )
 
 

@@ -212,6 +212,7 @@ class ForecastModule(LightningModule):
             "diagnostics": list(self.diagnostics),
             "allow_nan": list(self.allow_nan),
             "input_steps": self.data.input_steps,
+            "precision": self.trainer.precision,
             "step_seconds": dataset.step,
             "graph": asdict(self.graph_options),
             "network": asdict(self.network_options),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from lightning import Trainer
 
 from shardio import balanced, partition
-from shardio.errors import PlanError, SelectionError
+from shardio.errors import SelectionError
 from trainer.comm import Alone
 from trainer.fit.data import ForecastDataModule
 from trainer.fit.module import ForecastModule
@@ -15,8 +15,7 @@ from trainer.graph.grid import mesh_nodes
 from trainer.graph.heads import HeadExchange
 from trainer.model.forecaster import Roles
 from trainer.model.loss import variable_weights
-
-HALF_PRECISIONS = ("bf16-true", "16-true")
+from trainer.model.precision import Precision
 
 
 def check(trainer: Trainer, module: ForecastModule, data: ForecastDataModule) -> None:
@@ -28,10 +27,7 @@ def check(trainer: Trainer, module: ForecastModule, data: ForecastDataModule) ->
     variable_weights(roles.outputs, module.loss_options, dict.fromkeys(roles.outputs, 1.0))
     if dataset.step is None:
         raise SelectionError(f"the dataset has one date, {dataset.dates[0]}. Training needs two or more.")
-    if trainer.precision in HALF_PRECISIONS:
-        raise PlanError(
-            f"precision {trainer.precision} would keep fields in 16 bits, temperatures rounded to 2 K. Use bf16-mixed."
-        )
+    Precision(trainer.precision)
     data.check_windows(topology, module)
     if module.network_options.shard_strategy == "heads":
         cut = HeadExchange(Alone(), balanced(topology.model_size, topology.model_size))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -22,7 +22,6 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from shardio.errors import PlanError
 from trainer.comm import Comm, Counting
 from trainer.fit.gradients import reduce_gradients
 from trainer.fit.optimizer import OptimizerOptions, build_optimizer
@@ -33,20 +32,13 @@ from trainer.model.kernels import cpp as attention_kernel
 from trainer.model.loss import LossOptions, build_loss
 from trainer.model.losses.measured import Weighing
 from trainer.model.model import ModelOptions
+from trainer.model.precision import Precision
 from trainer.plan.counts import RankCounts
 from trainer.plan.fake_graph import FakeComm, fake_graph, idle_kernel
 from trainer.plan.live_bytes import LiveBytes
 from trainer.step import forecast_loss
 
 MOST_BLOCKS = 2  # of each table of edges: the others are alike, and only neighbours overlap
-PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {  # of weights; of autocast
-    "32-true": (torch.float32, None),
-    "64-true": (torch.float64, None),
-    "bf16-true": (torch.bfloat16, None),
-    "16-true": (torch.float16, None),
-    "bf16-mixed": (torch.float32, torch.bfloat16),
-    "16-mixed": (torch.float32, torch.float16),
-}
 
 
 @dataclass(frozen=True)
@@ -58,7 +50,7 @@ class Job:
       input_steps, rollout: dates given, and steps forecast in one training step.
       batch, ensemble: samples, and their members.
       network, loss, optimizer: as in training.
-      precision: of Lightning, such as bf16-mixed.
+      precision: as in training.
       accelerator: cpu or cuda.
     """
 
@@ -70,27 +62,13 @@ class Job:
     network: ModelOptions = ModelOptions()
     loss: LossOptions = LossOptions()
     optimizer: OptimizerOptions = OptimizerOptions()
-    precision: str = "32-true"
+    precision: Precision = Precision()
     accelerator: str = "cpu"
-
-    def __post_init__(self) -> None:
-        if self.precision not in PRECISIONS:
-            known = ", ".join(PRECISIONS)
-            raise PlanError(f"precision {self.precision!r} is unknown. Use one of: {known}.")
-
-    @property
-    def weights_type(self) -> torch.dtype:
-        return PRECISIONS[self.precision][0]
 
     @property
     def is_compiled(self) -> bool:
         """Whether attention runs by the compiled kernel of CPUs."""
         return self.accelerator == "cpu" and attention_kernel.load()[0] is not None
-
-    def autocast(self) -> Any:
-        """As Lightning enters it for the forward pass."""
-        kind = PRECISIONS[self.precision][1]
-        return nullcontext() if kind is None else torch.autocast("cpu", dtype=kind)
 
 
 @dataclass(frozen=True)
@@ -142,7 +120,7 @@ def _gathered(comm: Counting, counts: RankCounts, shard_strategy: str) -> Counte
 class _Step:
     def __init__(self, job: Job, counts: RankCounts, live: LiveBytes, comm: Comm) -> None:
         self.job, self.live, self.comm = job, live, comm
-        roles, dtype, network = job.roles, job.weights_type, job.network
+        roles, dtype, network = job.roles, job.precision.weights, job.network
         graph = fake_graph(counts, comm, network.num_chunks, network.shard_strategy, dtype, job.is_compiled)
         some = np.ones(len(roles.variables))
         statistics, outputs = {"mean": some, "stdev": some}, len(roles.outputs)
@@ -170,7 +148,7 @@ class _Step:
         for parameter in self.model.parameters():
             parameter.register_post_accumulate_grad_hook(lambda weight: live.hold("gradients", weight.grad))
         if job.accelerator != "cpu":
-            _as_gpus_do(self.model, self.optimizer, PRECISIONS[job.precision][1] is not None)
+            _as_gpus_do(self.model, self.optimizer, job.precision.products is not None)
 
     def begin(self) -> None:
         """Leave what a step leaves: gradients, and the state of the optimizer."""
@@ -182,7 +160,7 @@ class _Step:
 
     def take(self) -> None:
         """In Lightning's order: old gradients go after the forward pass."""
-        with self.live.labelled("inputs"), self.job.autocast():
+        with self.live.labelled("inputs"), self.job.precision.autocast("cpu"):
             loss = forecast_loss(self.model, self.loss, self.fields, self.job.rollout).value
         self.kept = self.live.now.copy()
         self.optimizer.zero_grad()

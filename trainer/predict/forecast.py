@@ -32,6 +32,7 @@ from trainer.graph.graph import GraphOptions
 from trainer.model.assembly import assemble_graph
 from trainer.model.forecaster import Forecaster, known_or_mean, put, without_value
 from trainer.model.model import ModelOptions
+from trainer.model.precision import Precision
 from trainer.predict.trained import Trained, as_date, check_variables, find_date, read_trained
 from trainer.share import Share
 
@@ -63,12 +64,14 @@ class Forecast:
       forecaster: the model.
       dataset: where initial fields and forcings come from.
       share: what this rank has of the work.
+      precision: with which it computes.
     """
 
     trained: Trained
     forecaster: Forecaster
     dataset: Dataset
     share: Share
+    precision: Precision
 
     @property
     def variables(self) -> tuple[str, ...]:
@@ -103,7 +106,7 @@ class Forecast:
         model, prognostic = self.forecaster, len(self.trained.roles.prognostic)
         seen, absent = self._start(initial, numbers.start, members, known)
         for number in numbers:
-            with torch.no_grad():
+            with torch.no_grad(), self.precision.autocast(torch.device(self.share.device).type):
                 state = torch.stack(tuple(seen))[None]  # [1, time, ensemble, cells/M, inputs]
                 fields = model.denormalise(model(state)[0]).float()
             date = self._date(initial, number)
@@ -176,7 +179,11 @@ class Forecast:
 
 # ------------------------------------------------------------------------------------------------------------- loading
 def load(
-    path: str | Path, dataset: Dataset | str | os.PathLike[str], share: Share | None = None, **network: Any
+    path: str | Path,
+    dataset: Dataset | str | os.PathLike[str],
+    share: Share | None = None,
+    precision: str | int | None = None,
+    **network: Any,
 ) -> Forecast:
     """A forecast model from a checkpoint, for any number of ranks. All ranks of the group call it together.
 
@@ -184,32 +191,36 @@ def load(
       path: of a checkpoint that `trainer fit` wrote, on whatever ranks.
       dataset: with the variables that the model was trained on, on the same grid.
       share: what this rank has of the work; default: all of it.
+      precision: such as 32-true or bf16-mixed; default: that of the training.
       network: changes of `ModelOptions` that leave the weights as they are: num_chunks, shard_strategy.
     """
     opened = dataset if isinstance(dataset, Dataset) else open_dataset(dataset)
     share = share or Share(forecast_partition(opened, 1))
-    return assemble(read_trained(path), opened, share, **network)
+    return assemble(read_trained(path), opened, share, precision, **network)
 
 
-def assemble(trained: Trained, dataset: Dataset, share: Share, **network: Any) -> Forecast:
+def assemble(
+    trained: Trained, dataset: Dataset, share: Share, precision: str | int | None = None, **network: Any
+) -> Forecast:
     """The model on this rank's cells. All ranks of the group call it together."""
     check_variables(trained, dataset)
+    computed = Precision(str(precision or trained.precision))
     options = ModelOptions(**trained.about["network"] | {"checkpointing": False} | network)
     ones = np.ones(len(trained.roles.variables))
     statistics = {"mean": ones, "stdev": ones}  # overwritten by those of the checkpoint
     tendencies = np.ones(len(trained.roles.outputs))
-    with _as_trained(trained):
+    with _made_of(computed.weights):
         graph = assemble_graph(dataset, share, GraphOptions(**trained.about["graph"]), options)
         model = Forecaster(trained.roles, statistics, tendencies, trained.input_steps, options, graph)
     model.load_state_dict(trained.weights)
-    return Forecast(trained, model.to(share.device).eval(), dataset, share)
+    return Forecast(trained, model.to(share.device).eval(), dataset, share, computed)
 
 
 @contextmanager
-def _as_trained(trained: Trained) -> Iterator[None]:
-    """Make numbers as precise as those that were trained."""
+def _made_of(kind: torch.dtype) -> Iterator[None]:
+    """Make numbers of this type."""
     before = torch.get_default_dtype()
-    torch.set_default_dtype(trained.weights["mean"].dtype)
+    torch.set_default_dtype(kind)
     try:
         yield
     finally:

@@ -15,8 +15,9 @@ from torch import Tensor
 from shardio import STATISTICS, Dataset, Description, Partition, ShardedWriter, is_complete
 from shardio.dates import format_step, parse_end, parse_start, parse_step
 from shardio.errors import OutputError, SelectionError
+from trainer.model.precision import Precision
 from trainer.predict.forecast import Forecast
-from trainer.predict.trained import Trained, check_variables
+from trainer.predict.trained import Trained, check_variables, precision_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +84,7 @@ def plan(
     variables: Sequence[str] | None = None,
     members: int | None = None,
     config: dict[str, Any] | None = None,
+    precision: str | int | None = None,
 ) -> Task:
     """What is to be written; SelectionError where the dataset or the model does not have what that takes.
 
@@ -96,6 +98,7 @@ def plan(
       variables: to write; default: all that are forecast.
       members: of the dataset, to start from; default: all.
       config: noted in the attributes.
+      precision: with which it is computed; default: that of the training.
     """
     check_variables(trained, dataset)
     roles, steps = trained.roles, trained.steps(lead_time)
@@ -114,6 +117,7 @@ def plan(
         "lead_time": f"{steps * trained.step / 3600:g}h",
         "step": format_step(trained.step),
         "checkpoint": trained.digest,
+        **_about_precision(trained, precision),
     }
     attributes = {
         "description": f"forecast from {initial}",
@@ -146,6 +150,12 @@ def _about_statistics(dataset: Dataset) -> dict[str, Any]:
     """They are those of the dataset, not of the forecast."""
     about = dataset.parts[0].source.attributes
     return {name: about[name] for name in ("statistics_start_date", "statistics_end_date") if name in about}
+
+
+def _about_precision(trained: Trained, precision: str | int | None) -> dict[str, str]:
+    """Other bits are another forecast; nothing where they are those of the weights, as before there was a choice."""
+    name = Precision(str(precision or trained.precision)).name
+    return {} if name == precision_of(trained.weights) else {"precision": name}
 
 
 def _names(dataset: Dataset) -> list[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from shardio import Dataset
@@ -29,6 +30,7 @@ class Trained:
       about: what the training noted: graph, network, version.
       weights: by name.
       digest: of the file.
+      precision: of the training.
     """
 
     roles: Roles
@@ -37,6 +39,7 @@ class Trained:
     about: dict[str, Any]
     weights: dict[str, Tensor]
     digest: str
+    precision: str
 
     def steps(self, lead_time: str) -> int:
         """Lead times up to this one, such as 240h."""
@@ -73,7 +76,13 @@ def read_trained(path: str | Path) -> Trained:
     weights = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
-    return Trained(roles, about["input_steps"], about["step_seconds"], about, weights, digest)
+    precision = about.get("precision", precision_of(weights))  # before it was noted, that of the weights
+    return Trained(roles, about["input_steps"], about["step_seconds"], about, weights, digest, precision)
+
+
+def precision_of(weights: dict[str, Tensor]) -> str:
+    """In which nothing is rounded that the weights are not."""
+    return "64-true" if weights["mean"].dtype == torch.float64 else "32-true"
 
 
 def check_variables(trained: Trained, dataset: Dataset) -> None:

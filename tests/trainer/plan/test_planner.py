@@ -27,6 +27,7 @@ from trainer.model import attention
 from trainer.model.forecaster import Roles
 from trainer.model.kernels import cpp as attention_kernel
 from trainer.model.model import ModelOptions
+from trainer.model.precision import Precision
 from trainer.plan.counts import CutGraph
 from trainer.plan.estimates import Densities, estimated_counts, rank_counts
 from trainer.plan.footprint import Job, footprint
@@ -205,7 +206,7 @@ def test_activations_fall_as_one_over_the_ranks() -> None:
     latitudes = octahedral("o96")[0]
     cells = {ranks: partition(latitudes.size, ranks, latitudes.size // 64) for ranks in (4, 16)}
     network = ModelOptions(32, 2, 4, checkpointing=True)
-    job = Job(Roles(tuple("abcdef")), network=network, precision="bf16-mixed", accelerator="cuda")
+    job = Job(Roles(tuple("abcdef")), network=network, precision=Precision("bf16-mixed"), accelerator="cuda")
     steps = {
         ranks: footprint(job, estimated_counts(cut, ranks // 2, GraphOptions("o32"))) for ranks, cut in cells.items()
     }

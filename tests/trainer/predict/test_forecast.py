@@ -59,6 +59,43 @@ def test_forecasts_in_double_precision_agree_to_rounding_of_what_is_stored(
     assert relative(on(run, 3, precise, path), alone, AXES) < 3e-7
 
 
+@pytest.fixture(scope="module")
+def rounded(tmp_path_factory: pytest.TempPathFactory, path: str) -> Path:
+    return trained(tmp_path_factory, path, "--trainer.precision=bf16-mixed")
+
+
+def test_a_forecast_is_computed_as_precisely_as_the_training_unless_asked_otherwise(
+    rounded: Path, checkpoint: Path, precise: Path, path: str
+) -> None:
+    """The first bit that is lost shows; and what was rounded in training need not be here."""
+
+    def first(of: Path, precision: str | None = None) -> torch.Tensor:
+        model = load(of, path, precision=precision)
+        seen: list[torch.Tensor] = []
+        model.forecaster.network.embed_cells.register_forward_hook(lambda *given: seen.append(given[2]))
+        lead = next(model.run(START, "6h"))
+        assert lead.fields.dtype == torch.float32
+        kinds.append((seen[0].dtype, model.forecaster.mean.dtype))
+        return lead.fields
+
+    kinds: list[tuple[torch.dtype, torch.dtype]] = []
+    asked = ((rounded, None), (rounded, "bf16-mixed"), (rounded, "32-true"), (checkpoint, None), (checkpoint, "bf16"))
+    fields = [first(*one) for one in (*asked, (precise, None), (precise, "32"))]
+    half, single, double = torch.bfloat16, torch.float32, torch.float64
+    expected = [(half, single)] * 2 + [(single, single)] * 2 + [(half, single), (double, double), (single, single)]
+    assert kinds == expected
+    assert same_bits(fields[0], fields[1])
+    assert not same_bits(fields[0], fields[2])
+    for one, other in ((0, 2), (3, 4), (5, 6)):
+        assert relative(fields[one].numpy(), fields[other].numpy(), (0, 1)) < 1e-2
+
+
+@pytest.mark.parametrize(("asked", "why"), [("bf16-true", "temperatures rounded to 2 K"), ("32-tru", "is unknown")])
+def test_a_precision_that_cannot_be_is_refused(checkpoint: Path, path: str, asked: str, why: str) -> None:
+    with pytest.raises(PlanError, match=why):
+        load(checkpoint, path, precision=asked)
+
+
 def test_a_forecast_is_the_steps_of_the_model_one_after_the_other(checkpoint: Path, path: str) -> None:
     """But that training keeps the normalised state, and a forecast the stored one, differing in the last digit (6e-8).
 

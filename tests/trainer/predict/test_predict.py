@@ -322,6 +322,24 @@ def test_a_complete_forecast_is_kept_and_another_never_overwritten(checkpoint: P
     assert not left.exists()
 
 
+def test_another_precision_is_another_forecast(checkpoint: Path, path: str, tmp_path: Path) -> None:
+    """That of the weights is what forecasts had before there was a choice: they are still known."""
+
+    def call(*more: str) -> str:
+        process = predict(tmp_path, checkpoint, path, "--lead-time=24h", *more)
+        process.wait()
+        return process.printed + process.errors
+
+    assert "4 lead times" in call()
+    about = json.loads((tmp_path / "forecasts" / NAME / ".zattrs").read_text())["forecast"]
+    assert "precision" not in about and about["model"]["precision"] == "32-true"
+    assert "it is complete" in call("--precision=32")
+    assert "is another forecast, of another checkpoint, lead time, precision" in call("--precision=bf16")
+    assert "4 lead times" in call("--precision=bf16-mixed", "--overwrite")
+    about = json.loads((tmp_path / "forecasts" / NAME / ".zattrs").read_text())["forecast"]
+    assert about["precision"] == "bf16-mixed"
+
+
 def test_two_data_groups_share_the_dates(checkpoint: Path, path: str, tmp_path: Path) -> None:
     more = ("--start=2021-03-02", "--end=2021-03-03", "--every=12h", "--lead-time=24h", "--members=1")
     process = Run(
