@@ -49,10 +49,13 @@ def assemble_forecaster(
     return Forecaster(roles, dataset.statistics, tendencies, input_steps, network, graph).to(share.device)
 
 
-def assemble_loss(forecaster: Forecaster, areas: Tensor, options: LossOptions, share: Share) -> Loss:
-    """The loss of what the forecaster forecasts."""
+def assemble_loss(
+    forecaster: Forecaster, areas: Tensor, options: LossOptions, share: Share, dataset: Dataset | None = None
+) -> Loss:
+    """The loss of what the forecaster forecasts; the dataset says what is on which level, if given."""
     names = forecaster.roles.outputs
-    weights = variable_weights(names, options, dict(zip(names, forecaster.tendencies.tolist(), strict=True)))
+    tendencies = dict(zip(names, forecaster.tendencies.tolist(), strict=True))
+    weights = variable_weights(names, options, tendencies, dataset.variables_metadata(names) if dataset else {})
     return build_loss(options, Weighing(areas, areas.new_tensor(weights), share.comm))
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any
 
 import torch
 
 from shardio.errors import PlanError, SelectionError
+from trainer.model.levels import pressure_levels
 from trainer.model.losses.area import AreaLoss, huber
 from trainer.model.losses.measured import Loss, Weighing
 
@@ -24,7 +26,7 @@ class LossOptions:
       kind: mse, mae or huber, of normalised errors.
       huber_delta: where huber turns from squared to absolute, in standard deviations.
       variable_weights: variable: weight; 1 for those not named.
-      pressure_scaling: weigh variables on pressure levels, as t_850, by level / 1000 hPa, and at least by 0.2.
+      pressure_scaling: weigh variables on pressure levels (levels.py) by level / 1000 hPa, and at least by 0.2.
       tendency_scaling: measure errors in standard deviations of the change over one step, not of the variable.
     """
 
@@ -67,13 +69,19 @@ def build_loss(options: LossOptions, weighing: Weighing) -> Loss:
     return LOSSES[options.kind].build(replace(weighing, weights=weights), options)
 
 
-def variable_weights(variables: Sequence[str], options: LossOptions, tendencies: Mapping[str, float]) -> list[float]:
+def variable_weights(
+    variables: Sequence[str],
+    options: LossOptions,
+    tendencies: Mapping[str, float],
+    metadata: Mapping[str, Any] = MappingProxyType({}),
+) -> list[float]:
     """Weight of the error of each variable.
 
     Args:
       variables: that the model forecasts.
       options: which weights.
       tendencies: variable: standard deviation of its change over one step, in standard deviations of the variable.
+      metadata: what the dataset says of each; its level types decide what is on a pressure level.
     Raises: SelectionError if a weight is given for a variable that the model does not forecast, if one is negative or
       not finite, or if all are 0.
     """
@@ -83,11 +91,12 @@ def variable_weights(variables: Sequence[str], options: LossOptions, tendencies:
             f"the loss has weights for {', '.join(unknown)}, which the model does not forecast. "
             f"It forecasts: {', '.join(variables)}."
         )
+    levels = pressure_levels(variables, metadata) if options.pressure_scaling else {}
     weights = []
     for name in variables:
         weight = options.variable_weights.get(name, 1.0)
-        if options.pressure_scaling and (level := re.fullmatch(r".+_(\d+)", name)):
-            weight *= max(0.2, int(level[1]) / SURFACE_PRESSURE)
+        if name in levels:
+            weight *= max(0.2, levels[name] / SURFACE_PRESSURE)
         if options.tendency_scaling:
             weight /= tendencies[name] ** LOSSES[options.kind].degree
         weights.append(weight)

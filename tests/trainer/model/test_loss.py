@@ -107,6 +107,22 @@ def test_variables_are_weighed_by_name_pressure_and_how_much_they_change() -> No
     )
 
 
+def test_only_levels_of_pressure_are_weighed_by_it() -> None:
+    """Of the type that the dataset says; where it says none, of a parameter whose levels are all standard ones."""
+    about = {
+        "t_500": {"mars": {"levtype": "ml", "levelist": 500}},
+        "swvl_1000": {"mars": {"levtype": "sol"}},
+        "q_925": {"mars": {"levtype": "pl", "levelist": 925}},
+        "wind": {"mars": {"levtype": "pl", "levelist": 300}},
+        "u_90": {"mars": {"levtype": "pl"}},
+        "z_850": {"mars": {"param": "z"}},
+    }
+    weights = dict.fromkeys([*about, "stl_1", "stl_2", "v_137", "v_500", "r_700", "r_1"], 1.0)
+    expected = weights | {"q_925": 0.925, "wind": 0.3, "u_90": 0.2, "z_850": 0.85, "r_700": 0.7, "r_1": 0.2}
+    found = variable_weights(list(weights), LossOptions(pressure_scaling=True), {}, about)
+    assert dict(zip(weights, found, strict=True)) == expected
+
+
 def test_what_cannot_be_weighed_is_refused_with_a_remedy() -> None:
     with pytest.raises(SelectionError, match=r"weights for z, which the model does not forecast. It forecasts: t\."):
         variable_weights(["t"], LossOptions(variable_weights={"z": 1.0}), {"t": 1.0})
