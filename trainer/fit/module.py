@@ -17,7 +17,7 @@ from trainer.fit.curves import SKILL
 from trainer.fit.data import Batch, ForecastDataModule
 from trainer.fit.health import check_input, explain_divergence
 from trainer.fit.metrics import ErrorSums, Scores
-from trainer.fit.optimizer import OptimizerOptions, build_optimizer, follow_batch
+from trainer.fit.optimizer import OptimizerOptions, build_optimizer, follow_batch, split_groups
 from trainer.graph.graph import GraphOptions
 from trainer.model.assembly import (
     assemble_areas,
@@ -130,7 +130,7 @@ class ForecastModule(LightningModule):
         graph = assemble_graph(dataset, share, self.graph_options, network, self.graph_cache)
         self.forecaster = assemble_forecaster(dataset, share, self.roles(), self.data.input_steps, network, graph)
         self.areas = assemble_areas(dataset, share)
-        self.loss = assemble_loss(self.forecaster, self.areas, self.loss_options, share)
+        self.loss = assemble_loss(self.forecaster, self.areas, self.loss_options, share, dataset)
 
     def configure_optimizers(self) -> Any:
         steps = int(self.trainer.estimated_stepping_batches)
@@ -238,6 +238,7 @@ class ForecastModule(LightningModule):
         if self.trainer.state.fn == TrainerFn.FITTING:
             torch.set_rng_state(checkpoint["random"].cpu())
             self._resume_data(checkpoint)
+            split_groups(checkpoint, self.parameters())
             follow_batch(checkpoint, self.optimizer_options, checkpoint["effective_batch"], self.effective_batch)
 
     def _resume_data(self, checkpoint: dict[str, Any]) -> None:

@@ -1,4 +1,8 @@
-"""AdamW, and how its learning rate follows the batch size and the training: warm-up, then half a cosine."""
+"""AdamW, and how its learning rate follows the batch size and the training: warm-up, then half a cosine.
+
+Weights of matrices decay; scales of LayerNorm and biases, of one dimension, do not. Decay keeps matrices small, which
+LayerNorm makes up for, and so acts as a learning rate; a scale or bias it only draws away from what fits the data.
+"""
 
 from __future__ import annotations
 
@@ -67,16 +71,45 @@ class OptimizerOptions:
 def build_optimizer(
     parameters: Iterable[torch.nn.Parameter], options: OptimizerOptions, effective_batch: int, steps: int
 ) -> dict[str, Any]:
-    """Optimizer and schedule, as Lightning takes them."""
-    rate = options.peak(effective_batch)
+    """Optimizer and schedule, as Lightning takes them; of two groups, of which the second does not decay."""
+    rate, weights = options.peak(effective_batch), list(parameters)
+    decaying, others = ([weight for weight in weights if _decays(weight) is kind] for kind in (True, False))
+    groups = [{"params": decaying, "weight_decay": options.weight_decay}, {"params": others, "weight_decay": 0.0}]
     optimizer: torch.optim.Optimizer
     if options.name == "adamw":
         betas = options.beta1, options.beta2
-        optimizer = torch.optim.AdamW(parameters, lr=rate, betas=betas, weight_decay=options.weight_decay)
+        optimizer = torch.optim.AdamW(groups, lr=rate, betas=betas)
     else:
-        optimizer = torch.optim.SGD(parameters, lr=rate, momentum=options.momentum, weight_decay=options.weight_decay)
+        optimizer = torch.optim.SGD(groups, lr=rate, momentum=options.momentum)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: options.factor(step, steps))
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def _decays(weight: torch.Tensor) -> bool:
+    return weight.dim() > 1
+
+
+def split_groups(checkpoint: dict[str, Any], parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Let a run go on from a checkpoint of when all weights were one group, and all decayed.
+
+    Args: checkpoint: of Lightning; changed in place. parameters: of the run, in the order of the group.
+    """
+    decays = [_decays(weight) for weight in parameters]
+    order = sorted(range(len(decays)), key=lambda place: not decays[place])  # sorted keeps the order otherwise
+    for optimizer, schedule in zip(checkpoint["optimizer_states"], checkpoint["lr_schedulers"], strict=True):
+        if len(optimizer["param_groups"]) > 1:
+            continue
+        (whole,) = optimizer["param_groups"]
+        optimizer["state"] = {
+            new: optimizer["state"][old] for new, old in enumerate(order) if old in optimizer["state"]
+        }
+        first, every = sum(decays), len(decays)
+        optimizer["param_groups"] = [
+            {**whole, "params": list(range(first))},
+            {**whole, "params": list(range(first, every)), "weight_decay": 0.0},
+        ]
+        for name in ("base_lrs", "_last_lr", "lr_lambdas"):
+            schedule[name] = schedule[name] * 2
 
 
 def follow_batch(checkpoint: dict[str, Any], options: OptimizerOptions, before: int, now: int) -> None:

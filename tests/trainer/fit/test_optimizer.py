@@ -7,7 +7,7 @@ import torch
 from runs import fit, tiny, trace
 
 from shardio.errors import PlanError
-from trainer.fit.optimizer import OptimizerOptions, build_optimizer, follow_batch
+from trainer.fit.optimizer import OptimizerOptions, build_optimizer, follow_batch, split_groups
 
 
 @pytest.mark.parametrize(("rule", "peak"), [("none", 0.1), ("linear", 1.6), ("sqrt", 0.4)])
@@ -43,6 +43,44 @@ def test_the_schedule_sets_the_rate_of_the_optimizer_step_by_step(name, kind):
         optimizer.step()
         schedule.step()
     assert rates == pytest.approx([0.5, 1.0, 0.5])
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_matrices_decay_scales_and_biases_do_not(name):
+    """Without gradients decay is all that an optimizer does."""
+    network = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.LayerNorm(2))
+    before = {name: weight.detach().clone() for name, weight in network.named_parameters()}
+    for weight in network.parameters():
+        weight.grad = torch.zeros_like(weight)
+    options = OptimizerOptions(name=name, learning_rate=0.5, final_fraction=1.0, weight_decay=0.25)
+    built = build_optimizer(network.parameters(), options, 1, 3)
+    built["optimizer"].step()
+    after = dict(network.named_parameters())
+    assert torch.allclose(after["0.weight"], before["0.weight"] * (1.0 - 0.5 * 0.25))
+    assert all(torch.equal(after[name], before[name]) for name in ("0.bias", "1.weight", "1.bias"))
+
+
+def test_a_checkpoint_of_one_group_goes_on_with_the_state_of_each_weight():
+    def network():
+        return torch.nn.Sequential(torch.nn.LayerNorm(2), torch.nn.Linear(2, 3), torch.nn.Linear(3, 4))
+
+    options, old = OptimizerOptions(), network()
+    optimizer = torch.optim.AdamW(old.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: options.factor(step, 9))
+    for number, weight in enumerate(old.parameters()):
+        weight.grad = torch.full_like(weight, number + 1.0)
+    optimizer.step()
+    checkpoint = {"lr_schedulers": [schedule.state_dict()], "optimizer_states": [optimizer.state_dict()]}
+    new = network()
+    built = build_optimizer(new.parameters(), options, 1, 9)
+    for _ in range(2):  # once is enough
+        split_groups(checkpoint, new.parameters())
+    built["optimizer"].load_state_dict(checkpoint["optimizer_states"][0])
+    built["lr_scheduler"]["scheduler"].load_state_dict(checkpoint["lr_schedulers"][0])
+    for mine, its in zip(new.parameters(), old.parameters(), strict=True):
+        assert torch.equal(built["optimizer"].state[mine]["exp_avg"], optimizer.state[its]["exp_avg"])
+    assert [group["weight_decay"] for group in built["optimizer"].param_groups] == [0.01, 0.0]
+    assert built["lr_scheduler"]["scheduler"].base_lrs == [options.learning_rate] * 2
 
 
 @pytest.mark.parametrize(
