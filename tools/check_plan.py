@@ -17,6 +17,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
 from shardio.load.partition import partition
 from shardio.source.synthetic import octahedral
@@ -24,7 +25,6 @@ from tools.trainer_memory import living_tensors
 from tools.trainer_step import Sizes, Step, on_ranks
 from trainer.comm import Comm, Counting
 from trainer.fit.gradients import reduce_gradients
-from trainer.fit.optimizer import OptimizerOptions
 from trainer.graph.graph import GraphOptions, build_graph
 from trainer.model.forecaster import Roles
 from trainer.model.model import ModelOptions
@@ -49,11 +49,12 @@ CASES: list[tuple[int, Sizes, str]] = [
 ]
 
 
-def measure(comm: Comm, sizes: Sizes, precision: str) -> dict[str, Any]:
+def measure(comm: Comm, sizes: Sizes, precision: str, averages: bool = False) -> dict[str, Any]:
     """Of one real rank, in its second step, in Lightning's order."""
     strangers = {id(tensor) for tensor in living_tensors()}
     counting = Counting(comm)
     step = Step(counting, sizes)
+    average = AveragedModel(step.forecaster, avg_fn=get_ema_avg_fn(0.999)) if averages else None
     batch, dates, members, cells, variables = step.shape
     fields = torch.randn(batch, dates, variables, members, cells).permute(0, 1, 3, 4, 2)
 
@@ -64,6 +65,8 @@ def measure(comm: Comm, sizes: Sizes, precision: str) -> dict[str, Any]:
         loss.backward()
         reduce_gradients(step.forecaster.parameters(), 1, counting)
         step.optimizer.step()
+        if average is not None:
+            average.update_parameters(step.forecaster)
 
     take()
     live = LiveBytes()
@@ -74,7 +77,9 @@ def measure(comm: Comm, sizes: Sizes, precision: str) -> dict[str, Any]:
     return {"peak": live.peak, "sent": dict(counting.sent - before)}
 
 
-def predict(sizes: Sizes, precision: str, ranks: int, every: bool = False) -> dict[int, Footprint]:
+def predict(
+    sizes: Sizes, precision: str, ranks: int, every: bool = False, averages: bool = False
+) -> dict[int, Footprint]:
     """Of the rank that `trainer plan` takes for the largest; of every one after it."""
     latitudes, longitudes, _ = octahedral(sizes.grid)
     kind = "multiscale" if sizes.hidden.startswith("ico") else "knn"
@@ -87,7 +92,7 @@ def predict(sizes: Sizes, precision: str, ranks: int, every: bool = False) -> di
         sizes.channels, sizes.layers, sizes.heads, 4, sizes.num_chunks, sizes.checkpointing, sizes.shard_strategy
     )
     roles = Roles(names, names[: sizes.forcings], allow_nan=names[len(names) - sizes.lacking :])
-    settings = {"network": network, "optimizer": OptimizerOptions(), "precision": Precision(precision)}
+    settings = {"network": network, "precision": Precision(precision), "averages": averages}
     job = Job(roles, sizes.input_steps, sizes.rollout, sizes.batch, **settings)
     others = [rank for rank in range(ranks) if every and rank != cut.largest]
     return {rank: footprint(job, cut.rank(rank)) for rank in (cut.largest, *others)}

@@ -52,6 +52,7 @@ class Job:
       network, loss, optimizer: as in training.
       precision: as in training.
       accelerator: cpu or cuda.
+      averages: whether averaged weights are kept (ema_decay).
     """
 
     roles: Roles
@@ -64,6 +65,7 @@ class Job:
     optimizer: OptimizerOptions = OptimizerOptions()
     precision: Precision = Precision()
     accelerator: str = "cpu"
+    averages: bool = False
 
     @property
     def is_compiled(self) -> bool:
@@ -143,6 +145,9 @@ class _Step:
         live.hold("weights", self.model, loss)
         live.hold("graph", graph, areas)
         live.hold("batch", self.fields)
+        if job.averages:
+            self.average = [torch.empty_like(one) for one in (*self.model.parameters(), *self.model.buffers())]
+            live.hold("averaged weights", *self.average)
         for part, method in (("encoder", "_encode"), ("processor", "_process"), ("decoder", "_decode")):
             setattr(self.model.network, method, _labelled(live, part, getattr(self.model.network, method)))
         for parameter in self.model.parameters():
