@@ -59,7 +59,7 @@ def write_forecast(
     """In a rank: what `trainer predict` does for one date."""
     dataset = open_dataset(path)
     model = load(checkpoint, dataset, share_of(comm, ranks, dataset))
-    task = plan(model.trained, dataset, model.share.cells, np.datetime64(START, "s"), lead_time, folder, **more)
+    task = plan(model.trained, dataset, model.share.cells, np.datetime64(START, "s"), folder, lead_time, **more)
     return write(model, task)
 
 

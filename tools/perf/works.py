@@ -229,7 +229,7 @@ class Predict:
     def once(self) -> Split:
         model, began = self._model, time.perf_counter()
         initial, lead_time = model.dataset.dates[INPUT_STEPS - 1], f"{LEADS * HOURS}h"
-        task = predict.plan(self._forecast.trained, model.dataset, model.share.cells, initial, lead_time, self._folder)
+        task = predict.plan(self._forecast.trained, model.dataset, model.share.cells, initial, self._folder, lead_time)
         written = predict.write(self._forecast, task, overwrite=True, sync=False)
         seconds = time.perf_counter() - began
         return {"compute": seconds - written.waited, "wait for the disk": written.waited}

@@ -7,7 +7,7 @@ import sys
 import time
 from typing import Any
 
-from trainer.cli.flags import Parser, parser_of, underscored
+from trainer.cli.flags import Parser, parse, parser_of
 from trainer.predict.export import check_output, compile_program, compiled_path, export
 from trainer.predict.forecast import load
 
@@ -36,7 +36,7 @@ def build_parser() -> Parser:
 
 def main(arguments: list[str]) -> None:
     """One process; what the files are goes to stdout."""
-    options = build_parser().parse_args(underscored(arguments))
+    options = parse(build_parser(), arguments)
     check_output(options.output, options.overwrite)
     if options.aoti:
         check_output(compiled_path(options.output), options.overwrite)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import ExitStack, redirect_stdout
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,18 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 import shardio
 from shardio.errors import DatasetError, PlanError
-from trainer.cli.flags import Brief, Formatter
+from trainer.cli.flags import (
+    Brief,
+    Formatter,
+    configurations,
+    read_configuration,
+    refuse_typos,
+    refuse_typos_of,
+    underscored,
+)
 from trainer.cli.main import DESCRIPTION
-from trainer.cli.report import show
+from trainer.cli.report import Trained, Validated, show
+from trainer.comm import join_world
 from trainer.fit.checkpoint import KeepLast
 from trainer.fit.curves import SKILL, LossCurve
 from trainer.fit.data import ForecastDataModule
@@ -31,7 +40,7 @@ from trainer.fit.progress import Bar
 from trainer.fit.run_folder import CHECKPOINTS, RUN, Replace, claim, refuse_existing
 from trainer.fit.strategy import DDPGroupStrategy
 from trainer.model.saved import step_of
-from trainer.ranks.failure import rank
+from trainer.ranks.agree import Finding, hear, look
 from trainer.ranks.launcher import started_by_others
 
 FIT = """Train, and write checkpoints, logs and curves.png to the folder --output.
@@ -54,6 +63,14 @@ VALIDATE = """Forecast the validation dates, and compare with persistence, the f
 Prints root mean square errors in the units of the dataset, weighted by area, by variable and lead time."""
 
 
+@dataclass(frozen=True)
+class Start:
+    """Attributes: checkpoint: to load, if any; goes_on: whether with the run that is in the folder."""
+
+    checkpoint: str | None
+    goes_on: bool
+
+
 class Parser(Brief, LightningArgumentParser):
     """Of Lightning's commands."""
 
@@ -61,7 +78,7 @@ class Parser(Brief, LightningArgumentParser):
 class TrainerCLI(LightningCLI):
     """LightningCLI with the strategy, the run's folder and its checkpoints as knobs of their own."""
 
-    def __init__(self, arguments: list[str] | None = None) -> None:
+    def __init__(self, arguments: list[str]) -> None:
         super().__init__(
             ForecastModule,
             ForecastDataModule,
@@ -85,6 +102,15 @@ class TrainerCLI(LightningCLI):
                 },
             },
         )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """The words of the command, once they and the configurations that they name are known to be options."""
+        words = underscored(args)
+        if own := self._subcommand_parsers.get(words[0]):
+            refuse_typos(own, words[1:])
+            for path in configurations(words):
+                refuse_typos_of(own, path, read_configuration(path))
+        super().parse_arguments(parser, words)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -199,29 +225,41 @@ class TrainerCLI(LightningCLI):
 
     def run(self) -> None:
         """Fit or validate; the result goes to stdout, all else to stderr."""
-        assert self.subcommand is not None
-        options = self._prepare_subcommand_kwargs(self.subcommand)
-        options["ckpt_path"] = self._checkpoint_path()
+        with ExitStack() as held:
+            finding = look(lambda: self._find(held))
+            launcher: Any = self.trainer.strategy.launcher
+            launcher.launch(self._run_as_rank, finding, trainer=self.trainer)
+
+    def _find(self, held: ExitStack) -> Start:
+        """Where it starts, and that it can; the folder of the run is held until it ends."""
+        path = self._checkpoint_path()
         check(self.trainer, self.model, self.datamodule)
         if self.subcommand == "validate":
-            options["verbose"] = False  # we print the scores ourselves
-        began = time.monotonic()
-        with self._held_folder(options["ckpt_path"]), redirect_stdout(sys.stderr):
-            getattr(self.trainer, self.subcommand)(**options)
-        if self.trainer.is_global_zero:
-            show(self, time.monotonic() - began)
+            return Start(path, False)
+        held.enter_context(claim(self.folder))
+        return Start(path, refuse_existing(self.folder, path, self._overwrite))
 
-    @contextmanager
-    def _held_folder(self, resumed: str | None) -> Iterator[None]:
-        """Every rank refuses to replace a run, so that none waits for the others; the first one holds the folder."""
-        if self.subcommand == "validate":
-            yield
-            return
-        with claim(self.folder) if self.trainer.is_global_zero else nullcontext():
-            callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
-            if not refuse_existing(self.folder, resumed, self._overwrite):
+    def _run_as_rank(self, finding: Finding[Start]) -> None:
+        assert self.subcommand is not None
+        options, began = self._prepare_subcommand_kwargs(self.subcommand), time.monotonic()
+        with redirect_stdout(sys.stderr):
+            self.trainer.strategy.setup_environment()
+            start = hear(finding, join_world())
+            if self.subcommand == "validate":
+                options["verbose"] = False  # we print the scores ourselves
+            elif not start.goes_on:
+                callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
                 callbacks.insert(0, Replace(self.folder))  # before those that write checkpoints
-            yield
+            getattr(self.trainer, self.subcommand)(**options | {"ckpt_path": start.checkpoint})
+        if self.trainer.is_global_zero:
+            show(self._outcome(time.monotonic() - began), self.option("json"))
+
+    def _outcome(self, seconds: float) -> Trained | Validated:
+        if self.subcommand == "validate":
+            dates = self.datamodule.validation.dates
+            return Validated(str(dates[0]), str(dates[-1]), self.model.scores)
+        ratio = self.trainer.callback_metrics.get(SKILL)
+        return Trained(self.folder, self.trainer.global_step, seconds, None if ratio is None else float(ratio))
 
     def _checkpoint_path(self) -> str | None:
         """`last` and `best` are those of the run; to go on with `last` where none is yet means to begin."""
@@ -234,8 +272,7 @@ class TrainerCLI(LightningCLI):
         if path in ("last", "best"):
             path = str(self.checkpoints / f"{path}.ckpt")
             if self.subcommand == "fit" and path.endswith("last.ckpt") and not Path(path).exists():
-                if rank() in (0, None):
-                    print(f"there is no {path} yet: training begins", file=sys.stderr)
+                print(f"there is no {path} yet: training begins", file=sys.stderr)
                 return None
         if path is not None and not Path(path).exists():
             raise DatasetError(f"there is no checkpoint {path}. Give the path of a .ckpt file, or: last, best.")

@@ -1,21 +1,21 @@
-"""How the commands of `trainer` take their flags, show them, and tell what is wrong with them."""
+"""How the commands of `trainer` take their options, from flags and from the YAML, and tell what is wrong with them."""
 
 from __future__ import annotations
 
-import re
+import json
 import sys
 from argparse import RawDescriptionHelpFormatter
-from collections.abc import Collection, Iterator
-from contextlib import suppress
+from collections.abc import Collection, Iterable, Iterator
 from difflib import get_close_matches
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args, get_origin
 
-from jsonargparse import ArgumentParser, DefaultHelpFormatter
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
-UNKNOWN = re.compile(r"(?:(Subcommand|Group) '(\S+)' does not accept option '|unrecognized arguments: --)([\w.]+)")
-WRONG_TYPE = re.compile(r'Parser key "(\S+)":.*?Subtypes: \[(.*?)\]\n.*Given value: (.*)', re.DOTALL)
+from shardio.errors import SelectionError
+
+NONE = type(None)
 
 
 class Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
@@ -30,17 +30,7 @@ class Brief:
 
     def error(self, message: str, *_: Any, **__: Any) -> NoReturn:
         """Tell it, and leave with code 2."""
-        command = self.prog.replace(" [options]", "")
-        if unknown := UNKNOWN.search(message):
-            kind, where, name = unknown.groups()
-            name = f"{where}.{name}" if kind == "Group" else name
-            command = f"{command} {where}" if kind == "Subcommand" else command
-            message += f"{_in_file(sys.argv[1:], name)}.{meant(name, known(self, where if kind else ''))}"
-        elif wrong := WRONG_TYPE.search(message):
-            name, types, value = wrong.groups()
-            remedy = f"Write [{value}]." if "list[" in types else f"Give one of: {types}."
-            message = f"{name} is {value}. {remedy}"
-        print(f"Error: {message}\nAll options: {command} --help", file=sys.stderr)
+        print(f"Error: {message}\nAll options: {self.prog.replace(' [options]', '')} --help", file=sys.stderr)
         sys.exit(2)
 
 
@@ -54,47 +44,83 @@ def parser_of(command: str, description: str, wanted: str) -> Parser:
     return Parser(prog=f"trainer {command}", description=description, usage=usage, formatter_class=Formatter)
 
 
-def known(parser: Any, command: str = "") -> set[str]:
-    """Names of the options that a parser takes, or its subcommand, such as model.network.channels."""
-    for action in parser._actions:
-        if isinstance(action.choices, dict) and command in action.choices:
-            return known(action.choices[command])
-    return {action.dest for action in parser._actions}
+def parse(parser: Parser, arguments: list[str], training: Iterable[str] = ()) -> Namespace:
+    """Options from flags, written with hyphens or underscores; they win over those of the training's configuration."""
+    words = underscored(arguments)
+    refuse_typos(parser, words)
+    return parser.parse_args([*training, *words])
 
 
-def unknown(about: dict[str, Any], names: Collection[str], inside: str = "") -> Iterator[str]:
-    """What a configuration sets that is no option."""
+def refuse_typos(parser: Any, arguments: list[str]) -> None:
+    """Leave with code 2 where a flag is no option of the parser, or a list without brackets."""
+    takes = _options(parser)
+    flags = {flag for action in parser._actions for flag in action.option_strings}
+    for word, after in pairwise([*arguments, ""]):
+        flag, equals, value = word.partition("=")
+        if flag.startswith("--") and flag not in flags:
+            _refuse_unknown(parser, takes, flag[2:].removesuffix("+"))
+        _refuse_bare_list(parser, takes, flag.removeprefix("--"), value if equals else after)
+
+
+def refuse_typos_of(parser: Any, path: str, about: dict[str, Any]) -> None:
+    """Leave with code 2 where what a configuration sets is no option of the parser: nothing is ignored in silence."""
+    takes = _options(parser)
+    for name, value in settings(about, takes):
+        _refuse_unknown(parser, takes, name, f" (in {path})")
+        _refuse_bare_list(parser, takes, name, value)
+
+
+def _options(parser: Any) -> dict[str, Any]:
+    return {action.dest: action for action in parser._actions}
+
+
+def _refuse_unknown(parser: Any, takes: Collection[str], name: str, where: str = "") -> None:
+    """Keys inside of an option, such as model.loss.variable_weights.t, are its own; inside of a group they are not."""
+    inside = [one for one in takes if name.startswith(f"{one}.")]
+    if name not in takes and (not inside or any(one.startswith(f"{max(inside)}.") for one in takes)):
+        parser.error(f"{parser.prog.replace(' [options]', '')} has no option {name}{where}.{meant(name, takes)}")
+
+
+def _refuse_bare_list(parser: Any, takes: dict[str, Any], name: str, value: Any) -> None:
+    kinds = [get_origin(kind) for kind in get_args(getattr(takes.get(name), "_typehint", None)) if kind is not NONE]
+    if kinds == [list] and isinstance(value, str) and value[:1] not in ("[", "-") and value not in ("null", "None", ""):
+        parser.error(f"{name} is {value}. Write [{value}].")
+
+
+def configurations(arguments: list[str]) -> list[str]:
+    """Paths of the YAML files that are given."""
+    after = [path for flag, path in pairwise(arguments) if flag in ("--config", "-c")]
+    return after + [word.partition("=")[2] for word in arguments if word.startswith("--config=")]
+
+
+def read_configuration(path: str) -> dict[str, Any]:
+    """What a YAML says, its dates as texts; SelectionError where it cannot be read or is no tree of options."""
+    import yaml
+
+    try:
+        found = yaml.safe_load(Path(path).read_text())
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise SelectionError(f"the configuration {path} cannot be read: {error}") from error
+    if not isinstance(found or {}, dict):
+        raise SelectionError(f"{path} is no configuration of `trainer fit`: it holds {type(found).__name__}.")
+    plain: dict[str, Any] = json.loads(json.dumps(found or {}, default=str))
+    return plain
+
+
+def settings(about: dict[str, Any], names: Collection[str], inside: str = "") -> Iterator[tuple[str, Any]]:
+    """What a configuration sets, by the names of flags."""
     for key, value in about.items():
         name = f"{inside}{key}"
-        group = any(one.startswith(f"{name}.") for one in names)
-        if group and isinstance(value, dict):
-            yield from unknown(value, names, f"{name}.")
-        elif not group and name not in names:
-            yield name
+        if isinstance(value, dict) and any(one.startswith(f"{name}.") for one in names):
+            yield from settings(value, names, f"{name}.")
+        else:
+            yield name, value
 
 
 def meant(name: str, names: Collection[str]) -> str:
     """The name that comes nearest, as a question; nothing where none is near."""
     near = get_close_matches(name, names, 1, 0.8)
     return f" Did you mean {near[0]}?" if near else ""
-
-
-def _in_file(arguments: list[str], name: str) -> str:
-    """Which of the configurations that are given sets it."""
-    import yaml
-
-    options = ("--config", "-c")
-    paths = [after for option, after in pairwise(arguments) if option in options]
-    paths += [word.partition("=")[2] for word in arguments if word.startswith("--config=")]
-    for path in paths:
-        with suppress(OSError, ValueError, AttributeError, TypeError, yaml.YAMLError):  # it is no tree of options
-            about = yaml.safe_load(Path(path).read_text())
-            *groups, last = name.split(".")
-            for group in groups:
-                about = about.get(group, {})
-            if last in about:
-                return f" (in {path})"
-    return ""
 
 
 def underscored(arguments: list[str]) -> list[str]:

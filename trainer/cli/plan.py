@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import re
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
@@ -19,7 +17,8 @@ from rich.table import Table
 from shardio import octahedral, open_dataset
 from shardio.errors import DatasetError, PlanError, SelectionError
 from shardio.units import size
-from trainer.cli.flags import Parser, parser_of, underscored
+from trainer.cli.flags import Parser, configurations, parse, parser_of
+from trainer.cli.training import read_training
 from trainer.fit.data import ForecastDataModule
 from trainer.fit.module import ForecastModule, RolloutOptions
 from trainer.fit.optimizer import OptimizerOptions
@@ -62,6 +61,7 @@ def build_parser() -> Parser:
     add("--trainer.precision", type=str | int, default="32-true", help="Of Lightning, such as bf16-mixed.")
     add("--trainer.accelerator", type=str, default="cpu", help="cpu, or cuda; auto means cuda.")
     add("--strategy.read_group_size", type=int | None, default=None, help="Ranks that read one sample together.")
+    add("--ema_decay", type=float | None, default=None, help="If given, averaged weights are kept too.")
     parser.add_class_arguments(ForecastModule, "model")
     parser.add_class_arguments(ForecastDataModule, "data")
     add("--json", action="store_true", help="Print the plan as JSON.")
@@ -71,7 +71,7 @@ def build_parser() -> Parser:
 
 def main(arguments: list[str]) -> None:
     """Plan, and print it."""
-    options = parse(underscored(arguments))
+    options = options_of(arguments)
     groups = sorted({_count(word) for word in options.gpus_per_model.split(",")})
     memory = parse_size(options.gpu_memory)
     planner = plan_of(options)
@@ -84,32 +84,23 @@ def main(arguments: list[str]) -> None:
         show(planner, rows, advice, memory)
 
 
-def parse(arguments: list[str]) -> Namespace:
+def options_of(arguments: list[str]) -> Namespace:
     """What of the configuration matters here comes first; flags win."""
-    early = argparse.ArgumentParser(add_help=False)
-    early.add_argument("--config")
-    path = early.parse_known_args(arguments)[0].config
-    return build_parser().parse_args(["--data.dataset=", *(_flags(_read(path)) if path else ()), *arguments])
-
-
-def _read(path: str) -> dict[str, Any]:
-    import yaml
-
-    try:
-        return yaml.safe_load(Path(path).read_text()) or {}
-    except (OSError, yaml.YAMLError) as error:
-        raise SelectionError(f"the configuration {path} cannot be read: {error}") from error
+    training = (flag for path in configurations(arguments) for flag in _flags(read_training(path)))
+    return parse(build_parser(), arguments, ["--data.dataset=", *training])
 
 
 def _flags(about: dict[str, Any]) -> Iterator[str]:
     """Model and data as they are; of Lightning's trainer and the strategy only what decides memory."""
     for part in ("model", "data"):
         if about.get(part):
-            yield f"--{part}={json.dumps(about[part], default=str)}"
+            yield f"--{part}={json.dumps(about[part])}"
     for part, name in (("trainer", "precision"), ("trainer", "accelerator"), ("strategy", "read_group_size")):
         value = (about.get(part) or {}).get(name)
         if value is not None:
             yield f"--{part}.{name}={value}"
+    if about.get("ema_decay") is not None:
+        yield f"--ema_decay={about['ema_decay']}"
 
 
 def plan_of(options: Namespace) -> Planner:
@@ -130,6 +121,7 @@ def plan_of(options: Namespace) -> Planner:
         OptimizerOptions(**model.optimizer.as_dict()),
         Precision(options.trainer.precision),
         "cpu" if options.trainer.accelerator == "cpu" else "cuda",
+        options.ema_decay is not None,
     )
     graph, groups = GraphOptions(**model.graph.as_dict()), options.strategy.read_group_size
     return Planner(field, job, graph, data.prefetch, groups, data.keep_batch_sharded)
@@ -218,7 +210,8 @@ def _lines(rows: list[Row]) -> list[tuple[str, list[str]]]:
         lines.append((f"{part}: edges", [f"{row.counts.parts[part].ends.edges:,}" for row in rows]))
         lines.append(("  halo rows", [f"{row.counts.parts[part].halo:,}" for row in rows]))
         lines.append(("  were cells compact, about", [f"{row.compact[part]:,}" for row in rows]))
-    names = ("batch", "inputs", "graph", "weights", "gradients", "optimizer", *PARTS, "loss", "backward")
+    held_by = ("batch", "inputs", "graph", "weights", "averaged weights", "gradients", "optimizer")
+    names = (*held_by, *PARTS, "loss", "backward")
     lines.append(("[bold]peak", [f"[bold]{size(row.step.peak)}" for row in rows]))
     held = [(f"  of it {name}", [row.step.at_peak[name] for row in rows]) for name in names]
     held += [(f"kept for backward: {part}", [row.step.kept[part] for row in rows]) for part in PARTS]

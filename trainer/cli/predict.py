@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import shlex
-import sys
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from shardio import Dataset, Topology, begun_chunk_cells, open_dataset, sweep_published
-from shardio.errors import OutputError, SelectionError
-from trainer.cli.flags import Parser, known, meant, parser_of, underscored, unknown
+from shardio import Dataset, Topology, open_dataset
+from shardio.errors import SelectionError
+from trainer.cli.bar import Bar
+from trainer.cli.flags import Parser, parse, parser_of
 from trainer.cli.result import one_object
+from trainer.cli.training import read_training
 from trainer.comm import Comm, join_group, join_world
-from trainer.fit.data import ForecastDataModule
-from trainer.fit.module import ForecastModule
 from trainer.fit.run_folder import CHECKPOINTS, RUN
-from trainer.fit.strategy import DDPGroupStrategy
-from trainer.predict.forecast import assemble, forecast_partition
+from trainer.predict.asked import Asked
+from trainer.predict.forecast import assemble
 from trainer.predict.netcdf import export, refuse_own_names
-from trainer.predict.predict import Task, Written, initial_dates, path_of, plan, write
+from trainer.predict.predict import Task, Written, initial_dates, write
 from trainer.predict.trained import read_trained
+from trainer.ranks.agree import hear, look
 from trainer.ranks.launcher import RankLauncher, started_by_others
 from trainer.share import Share
 
@@ -82,92 +80,70 @@ def build_parser() -> Parser:
 
 def main(arguments: list[str]) -> None:
     """Runs in every rank; the first one starts the others, once all that can be known to fail has been tried."""
-    options = build_parser().parse_args(underscored(arguments))
-    config = _read_config(options.config)
+    options = parse(build_parser(), arguments)
+    config = read_training(options.config) if options.config else {}
     _fill_from_config(options, config)
-    trained = read_trained(_checkpoint(options.ckpt_path, options.config, config))
-    dataset = open_dataset(options.dataset)
-    dates = initial_dates(dataset, options.start, options.end, options.every)
-    topology = Topology(options.devices * options.num_nodes, 0, _ranks_per_model(options, config, len(dates)))
-    folder = Path(options.output)
-    for date in dates:
-        sweep_published(path_of(folder, date))
-    begun = [size for date in dates if (size := begun_chunk_cells(path_of(folder, date))) is not None]
-    cells = forecast_partition(dataset, topology.model_size, None if options.overwrite else max(begun, default=None))
-    names = [name.strip() for name in options.variables.split(",")] if options.variables is not None else None
-    asked = (options.lead_time, folder, names, options.members, config, options.precision)
-    tasks = [plan(trained, dataset, cells, date, *asked) for date in dates]
-    if options.netcdf:
-        refuse_own_names(tasks[0].about.variables)
-    missing = [task for task in tasks if options.overwrite or not task.is_complete]
-    _prepare(folder, missing, options.overwrite)
-
-    fabric = _launch(options, topology.world_size)
-    topology = Topology(topology.world_size, fabric.global_rank, topology.model_size)
+    asked = _asked(options, config)
+    finding = look(asked.find)
+    fabric = _launch(options)
     world = join_world(FOREVER)
+    found = hear(finding, world)
+    asked.refuse_other_checkpoint(found)
+    cells, tasks = asked.plan(found.chunk_cells)
+    topology = Topology(options.devices * options.num_nodes, fabric.global_rank, asked.ranks)
     share = Share(cells, join_group(topology.model_size, timedelta(seconds=options.timeout_seconds)), fabric.device)
-    say = print if not options.json else _silent
+    say = print if not options.json and topology.rank == 0 else _silent
     with one_object(options.json and topology.rank == 0) as result:
         forecasts: list[dict[str, Any]] = result.setdefault("forecasts", [])
-        for task in tasks if topology.rank == 0 else ():
-            if task not in missing:
+        for number, task in enumerate(tasks if topology.rank == 0 else ()):
+            if number not in found.missing:
                 forecasts.append({"path": str(task.path), "steps": 0, "kept": True})
                 say(f"kept {task.path}: it is complete", flush=True)
-        mine = missing[topology.data_rank :: topology.data_size]
-        if mine:
-            network = {"num_chunks": options.num_chunks} if options.num_chunks else {}
-            forecast = assemble(trained, dataset, share, options.precision, **network)
-        command = shlex.join(["trainer", "predict", *arguments])
-        with _Bar(topology.rank == 0) as bar:
-            for task in mine:
-                report = bar.report(str(task.initial))
-                done = write(forecast, task, options.overwrite, options.ahead, not options.no_fsync, command, report)
-                if topology.model_rank == 0:
-                    forecasts.append(_result(done))
-                    say(_sentence(done), flush=True)
+        mine = [tasks[number] for number in found.missing[topology.data_rank :: topology.data_size]]
+        for done in _write(options, asked, share, mine, topology.rank == 0, arguments):
+            if topology.model_rank == 0:
+                forecasts.append(_result(done))
+                (_silent if options.json else print)(_sentence(done), flush=True)
         every = world.gather(forecasts, "results")  # which waits for all of them
         result["forecasts"] = sorted((one for part in every for one in part), key=lambda one: str(one["path"]))
         paths = [task.path for task in tasks]
         if options.evaluate:
-            scores, text = _evaluate(options, config, paths, dataset, share, topology, world)
+            scores, text = _evaluate(options, config, paths, asked.dataset, share, topology, world)
             result |= scores
-            if topology.rank == 0:
-                say(text, flush=True)
+            say(text, flush=True)
         if options.netcdf and topology.rank == 0:  # no rank waits for it: there is nothing to do after it
-            files: list[str] = result.setdefault("netcdf", [])
-            for path in paths:
-                export(path, path.with_suffix(".nc"), options.overwrite)
-                files.append(str(path.with_suffix(".nc")))
-                say(f"wrote {path.with_suffix('.nc')}", flush=True)
+            _export(paths, options.overwrite, result.setdefault("netcdf", []), say)
+
+
+def _asked(options: Any, config: dict[str, Any]) -> Asked:
+    """What the options mean; SelectionError or DatasetError where model or dataset are not there."""
+    trained = read_trained(_checkpoint(options.ckpt_path, options.config, config))
+    dataset = open_dataset(options.dataset)
+    dates = initial_dates(dataset, options.start, options.end, options.every)
+    ranks = Topology(options.devices * options.num_nodes, 0, _ranks_per_model(options, config, len(dates))).model_size
+    names = [name.strip() for name in options.variables.split(",")] if options.variables is not None else None
+    if options.netcdf:
+        refuse_own_names(tuple(names or trained.roles.outputs))
+    wishes = {"lead_time": options.lead_time, "variables": names, "members": options.members}
+    wishes |= {"config": config, "precision": options.precision}
+    return Asked(trained, dataset, dates, ranks, Path(options.output), options.overwrite, wishes)
+
+
+def _write(
+    options: Any, asked: Asked, share: Share, tasks: list[Task], shown: bool, arguments: list[str]
+) -> Iterator[Written]:
+    """One forecast after the other."""
+    if not tasks:
+        return
+    network = {"num_chunks": options.num_chunks} if options.num_chunks else {}
+    forecast = assemble(asked.trained, asked.dataset, share, options.precision, **network)
+    command, sync = shlex.join(["trainer", "predict", *arguments]), not options.no_fsync
+    with Bar(shown) as bar:
+        for task in tasks:
+            yield write(forecast, task, options.overwrite, options.ahead, sync, command, bar.report(str(task.initial)))
 
 
 # ---------------------------------------------------------------------------------------------------------- the options
-def _read_config(path: str | None) -> dict[str, Any]:
-    import yaml
-
-    if path is None:
-        return {}
-    try:
-        found = yaml.safe_load(Path(path).read_text())
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise SelectionError(f"the configuration {path} cannot be read: {error}") from error
-    if not isinstance(found, dict):
-        raise SelectionError(f"{path} is no configuration of `trainer fit`: it holds {type(found).__name__}.")
-    plain: dict[str, Any] = json.loads(json.dumps(found, default=str))  # YAML has dates
-    _refuse_typos(path, plain)
-    return plain
-
-
-def _refuse_typos(path: str, config: dict[str, Any]) -> None:
-    """SelectionError where model, data or strategy set what is no option: nothing is ignored in silence."""
-    parser, classes = Parser(), {"model": ForecastModule, "data": ForecastDataModule, "strategy": DDPGroupStrategy}
-    for name, of in classes.items():
-        parser.add_class_arguments(of, name)
-    names = known(parser)
-    for wrong in unknown({name: config[name] for name in classes if name in config}, names):
-        raise SelectionError(f"{path} sets {wrong}, which is no option.{meant(wrong, names)}")
-
-
 def _checkpoint(given: str, path: str | None, config: dict[str, Any]) -> str:
     """`last` and `best` are those of the run that the configuration describes."""
     if given not in ("last", "best"):
@@ -219,23 +195,10 @@ def _ranks_per_model(options: Any, config: dict[str, Any], dates: int) -> int:
     return trained if world % trained == 0 and world // trained <= dates else world
 
 
-def _prepare(folder: Path, missing: list[Task], overwrite: bool) -> None:
-    """The folder is there, and in it nothing else under the names of the forecasts."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"the folder {folder} cannot be made: {error}. Choose another with --output.") from error
-    other = [task.path for task in missing if task.path.exists()]
-    if other and not overwrite:
-        raise OutputError(
-            f"{other[0]} is another forecast, of another checkpoint, lead time, precision, dataset or other variables. "
-            "Use --overwrite to replace it, or choose another folder with --output."
-        )
-
-
 # ------------------------------------------------------------------------------------------------------------ the ranks
-def _launch(options: Any, world: int) -> Any:
+def _launch(options: Any) -> Any:
     """Start the other ranks, or find those that torchrun or SLURM started."""
+    several = options.devices * options.num_nodes > 1
     from lightning.fabric import Fabric
     from lightning.fabric.strategies import DDPStrategy
 
@@ -250,7 +213,7 @@ def _launch(options: Any, world: int) -> Any:
         accelerator=options.accelerator,
         devices=options.devices,
         num_nodes=options.num_nodes,
-        strategy=Ranks(timeout=timedelta(seconds=options.timeout_seconds)) if world > 1 else "auto",
+        strategy=Ranks(timeout=timedelta(seconds=options.timeout_seconds)) if several else "auto",
     )
     fabric.launch()
     return fabric
@@ -283,6 +246,14 @@ def _evaluate(
     return {"scores": list(scores.rows()), "climatology": scores.climatology, "files": files}, str(scores)
 
 
+def _export(paths: list[Path], overwrite: bool, files: list[str], say: Any) -> None:
+    """Each forecast as one file; those that are written are added to `files` one by one."""
+    for path in paths:
+        export(path, path.with_suffix(".nc"), overwrite)
+        files.append(str(path.with_suffix(".nc")))
+        say(f"wrote {path.with_suffix('.nc')}", flush=True)
+
+
 def _result(done: Written) -> dict[str, Any]:
     seconds, waited = round(done.seconds, 3), round(done.waited, 3)
     return {"path": str(done.path), "steps": done.steps, "seconds": seconds, "waited": waited, "kept": False}
@@ -296,24 +267,3 @@ def _sentence(done: Written) -> str:
 
 def _silent(*_: Any, **__: Any) -> None:
     """With --json all is said at the end, in one object."""
-
-
-class _Bar:
-    """Progress on stderr, by the first rank."""
-
-    def __init__(self, shown: bool) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        console = Console(file=sys.stderr)
-        self._progress = Progress(*columns, console=console, disable=not shown, redirect_stdout=False)
-
-    def __enter__(self) -> _Bar:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def report(self, name: str) -> Any:
-        """What `write` tells after every lead time."""
-        task = self._progress.add_task(name, total=None)
-        return lambda done, of: self._progress.update(task, completed=done, total=of)

@@ -3,52 +3,69 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from trainer.cli.result import defined
 from trainer.fit.curves import TRAINING, read
 from trainer.fit.metrics import Scores
-
-if TYPE_CHECKING:
-    from trainer.cli.fit import TrainerCLI
+from trainer.fit.run_folder import CHECKPOINTS
 
 
-def show(cli: TrainerCLI, seconds: float) -> None:
-    """To stdout."""
-    result = _training(cli, seconds) if cli.subcommand == "fit" else _validation(cli)
-    if cli.option("json"):
-        print(json.dumps(defined(result), allow_nan=False))
-    elif cli.subcommand == "fit":
-        ratio = (
-            ""
-            if result["rmse_over_persistence"] is None
-            else (f", validation error {result['rmse_over_persistence']:.3f} of persistence")
-        )
+@dataclass(frozen=True)
+class Trained:
+    """Outcome of a training.
+
+    Attributes: folder of the run; step it came to; seconds it took; ratio: validation error over that of persistence.
+    """
+
+    folder: Path
+    step: int
+    seconds: float
+    ratio: float | None
+
+    def as_json(self) -> dict[str, Any]:
+        losses = [loss for at, loss in read(self.folder, TRAINING).items() if at <= self.step]  # it may have gone back
+        return {
+            "step": self.step,
+            "seconds": round(self.seconds, 3),
+            "loss": losses[-1] if losses else float("nan"),
+            "rmse_over_persistence": self.ratio,
+            "checkpoint": str(self.folder / CHECKPOINTS / "last.ckpt"),
+            "picture": str(self.folder / "curves.png"),
+        }
+
+    def print(self) -> None:
+        told = self.as_json()
+        ratio = "" if self.ratio is None else f", validation error {self.ratio:.3f} of persistence"
         print(
-            f"trained to step {result['step']} in {_duration(seconds)}: loss {result['loss']:.4g}{ratio}; "
-            f"{result['checkpoint']}, {result['picture']}"
+            f"trained to step {self.step} in {_duration(self.seconds)}: loss {told['loss']:.4g}{ratio}; "
+            f"{told['checkpoint']}, {told['picture']}"
         )
+
+
+@dataclass(frozen=True)
+class Validated:
+    """Outcome of a validation. Attributes: first, last: dates; scores."""
+
+    first: str
+    last: str
+    scores: Scores
+
+    def as_json(self) -> dict[str, Any]:
+        return {"from": self.first, "to": self.last, "scores": self.scores.nested()}
+
+    def print(self) -> None:
+        _print_table(self.scores)
+
+
+def show(outcome: Trained | Validated, as_json: bool) -> None:
+    """To stdout."""
+    if as_json:
+        print(json.dumps(defined(outcome.as_json()), allow_nan=False))
     else:
-        _print_table(cli.model.scores)
-
-
-def _training(cli: TrainerCLI, seconds: float) -> dict[str, Any]:
-    ratio = cli.trainer.callback_metrics.get("val/rmse_over_persistence")
-    step = cli.trainer.global_step
-    losses = [loss for at, loss in read(cli.folder, TRAINING).items() if at <= step]  # it may have gone back
-    return {
-        "step": step,
-        "seconds": round(seconds, 3),
-        "loss": losses[-1] if losses else float("nan"),
-        "rmse_over_persistence": None if ratio is None else float(ratio),
-        "checkpoint": str(cli.checkpoints / "last.ckpt"),
-        "picture": str(cli.checkpoints.parent / "curves.png"),
-    }
-
-
-def _validation(cli: TrainerCLI) -> dict[str, Any]:
-    dataset = cli.datamodule.validation
-    return {"from": str(dataset.dates[0]), "to": str(dataset.dates[-1]), "scores": cli.model.scores.nested()}
+        outcome.print()
 
 
 def _print_table(scores: Scores) -> None:

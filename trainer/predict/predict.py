@@ -17,7 +17,7 @@ from shardio.dates import format_step, parse_end, parse_start, parse_step
 from shardio.errors import OutputError, SelectionError
 from trainer.model.precision import Precision
 from trainer.predict.forecast import Forecast
-from trainer.predict.trained import Trained, check_variables, precision_of
+from trainer.predict.trained import Trained, precision_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,39 +79,33 @@ def plan(
     dataset: Dataset,
     cells: Partition,
     initial: np.datetime64,
-    lead_time: str,
     folder: Path,
+    lead_time: str,
     variables: Sequence[str] | None = None,
     members: int | None = None,
     config: dict[str, Any] | None = None,
     precision: str | int | None = None,
 ) -> Task:
-    """What is to be written; SelectionError where the dataset or the model does not have what that takes.
+    """What is to be written. That the dataset has the variables is for `check_variables`, once for all dates.
 
     Args:
       trained: the model.
       dataset: where it starts from.
       cells: who owns which.
       initial: date.
-      lead_time: such as 240h.
       folder: of all forecasts.
+      lead_time: such as 240h.
       variables: to write; default: all that are forecast.
       members: of the dataset, to start from; default: all.
       config: noted in the attributes.
       precision: with which it is computed; default: that of the training.
+    Raises: SelectionError where the dataset or the model does not have what that takes.
     """
-    check_variables(trained, dataset)
-    roles, steps = trained.roles, trained.steps(lead_time)
+    steps = trained.steps(lead_time)
     trained.check(dataset, initial, steps)
-    names = tuple(dict.fromkeys(variables or roles.outputs))
-    unknown = [name for name in names if name not in roles.outputs]
-    if unknown:
-        raise SelectionError(
-            f"the model does not forecast {', '.join(unknown)}. It forecasts: {', '.join(roles.outputs)}."
-        )
+    names = _names_to_write(trained, variables)
     if members is not None and not 1 <= members <= dataset.shape[2]:
         raise SelectionError(f"{members} members: the dataset has {dataset.shape[2]}. Use 1 to {dataset.shape[2]}.")
-    leads = np.arange(1, steps + 1) * np.timedelta64(trained.step, "s")
     about = {
         "initial_date": str(initial),
         "lead_time": f"{steps * trained.step / 3600:g}h",
@@ -119,20 +113,12 @@ def plan(
         "checkpoint": trained.digest,
         **_about_precision(trained, precision),
     }
-    attributes = {
-        "description": f"forecast from {initial}",
-        "forecast": {**about, "model": trained.about, "config": config or {}},
-        "field_shape": list(dataset.field_shape),
-        "frequency": format_step(trained.step),
-        "variables_metadata": dataset.variables_metadata(names),
-        "uuid": "",  # of what it depends on
-        "allow_nans": not set(names).isdisjoint(roles.lacking),
-        **_about_statistics(dataset),
-        **({"resolution": dataset.resolution} if dataset.resolution else {}),
-    }
+    attributes = _attributes(trained, dataset, names)
+    attributes |= {"description": f"forecast from {initial}"}
+    attributes |= {"forecast": {**about, "model": trained.about, "config": config or {}}}
     places = [dataset.variables.index(name) for name in names]
     description = Description(
-        (initial + leads).astype("datetime64[s]"),
+        (initial + np.arange(1, steps + 1) * np.timedelta64(trained.step, "s")).astype("datetime64[s]"),
         names,
         dataset.latitudes,
         dataset.longitudes,
@@ -144,6 +130,30 @@ def plan(
     )
     identity = {**about, "variables": list(names), "members": description.ensemble, "dataset": _names(dataset)}
     return Task(path_of(folder, initial), initial, steps, members, description, identity)
+
+
+def _names_to_write(trained: Trained, variables: Sequence[str] | None) -> tuple[str, ...]:
+    roles = trained.roles
+    names = tuple(dict.fromkeys(variables or roles.outputs))
+    unknown = [name for name in names if name not in roles.outputs]
+    if unknown:
+        raise SelectionError(
+            f"the model does not forecast {', '.join(unknown)}. It forecasts: {', '.join(roles.outputs)}."
+        )
+    return names
+
+
+def _attributes(trained: Trained, dataset: Dataset, names: tuple[str, ...]) -> dict[str, Any]:
+    """Of a dataset of forecasts, whatever their date."""
+    return {
+        "field_shape": list(dataset.field_shape),
+        "frequency": format_step(trained.step),
+        "variables_metadata": dataset.variables_metadata(names),
+        "uuid": "",  # of what it depends on
+        "allow_nans": not set(names).isdisjoint(trained.roles.lacking),
+        **_about_statistics(dataset),
+        **({"resolution": dataset.resolution} if dataset.resolution else {}),
+    }
 
 
 def _about_statistics(dataset: Dataset) -> dict[str, Any]:

@@ -33,11 +33,15 @@ class RankLauncher(_SubprocessScriptLauncher):
     ) -> None:
         super().__init__(environment, num_processes, num_nodes)
         self._command = command
+        self._is_launched = False
 
     def launch(self, function: Callable[..., Any], *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
-        """Start the other ranks of this machine, unless torchrun or SLURM did, and run `function`."""
-        if self._command is None and trainer is not None:
+        """Start the other ranks of this machine, unless torchrun or SLURM did, the first time; run `function`."""
+        if self._command is None and trainer is not None and trainer.state.fn is not None:
             self._command = trainer.state.fn.value
+        if self._is_launched:  # by the command, before Lightning comes to it
+            return function(*args, **kwargs)
+        self._is_launched = True
         environment = self.cluster_environment
         environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
         if not environment.creates_processes_externally:

@@ -49,12 +49,22 @@ def test_help_teaches_on_stdout(tmp_path, arguments, words):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["fit", "--nonsense=1"], "unrecognized arguments: --nonsense=1"),
+        (["fit", "--nonsense=1"], "trainer fit has no option nonsense."),
+        (["export", "--nonsense=1"], "trainer export has no option nonsense."),
+        (["validate", "--ckpt-pathh=1"], "trainer validate has no option ckpt_pathh. Did you mean ckpt_path?"),
         (["fit", "--data.batch_size=many"], "Expected a <class 'int'>. Got value: many"),
         (["fitt"], "trainer has no command 'fitt'. Did you mean fit? It has: fit, validate, predict, export, plan."),
         (["fit", "--model.network.chanels=8"], "Did you mean model.network.channels?\nAll options: trainer fit --help"),
-        (["fit", "--config=typo.yaml"], "'model.network.chanels' (in typo.yaml). Did you mean model.network.channels?"),
+        (
+            ["fit", "--config=typo.yaml"],
+            "no option model.network.chanels (in typo.yaml). Did you mean model.network.channels?",
+        ),
         (["fit", "--config=typo.yaml"], "All options: trainer fit --help"),
+        (["fit", "--config", "lists.yaml"], "model.forcings is lsm,insol. Write [lsm,insol]."),
+        (
+            ["predict", "--config=typo.yaml", "--ckpt_path=last", "--start=2020"],
+            "no option model.network.chanels (in typo",
+        ),
         (["plan", "--config=typo.yaml"], "(in typo.yaml). Did you mean model.network.channels?"),
         (["fit", "--model.forcings=lsm,insol"], "model.forcings is lsm,insol. Write [lsm,insol]."),
         (["predict", "--start=2020"], "All options: trainer predict --help"),
@@ -63,6 +73,7 @@ def test_help_teaches_on_stdout(tmp_path, arguments, words):
 )
 def test_wrong_usage_is_told_without_pages_of_usage(tmp_path, arguments, words):
     (tmp_path / "typo.yaml").write_text("model: {network: {chanels: 8}}\n")
+    (tmp_path / "lists.yaml").write_text("model: {forcings: 'lsm,insol'}\n")
     run = Run(tmp_path, *arguments)
     assert run.wait() == [2]
     assert words in run.errors
@@ -201,6 +212,15 @@ def test_validate_prints_the_same_scores_as_a_table_and_as_json(trained):
             assert score["ratio"] == pytest.approx(score["rmse"] / score["persistence"])
     logged = float(trace(trained.output, "val/rmse/t/12h").popitem()[1])
     assert result["scores"]["t"]["12h"]["rmse"] == pytest.approx(logged, rel=1e-6)
+
+
+def test_hyphens_do_for_underscores_in_every_command(trained):
+    """Lightning's as well as ours."""
+    for command, *more in (["fit", "--trainer.max-epochs=2"], ["validate"]):
+        run = Run(
+            trained.folder, command, *tiny(*VALIDATION), "--ckpt-path", "last", "--trainer.limit-val-batches=1", *more
+        )
+        assert run.wait() == [0], run.errors
 
 
 def test_validation_without_a_checkpoint_is_refused(trained):

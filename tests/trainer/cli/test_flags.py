@@ -1,6 +1,6 @@
 """Flags are taken with hyphens or underscores; their values are left as they are."""
 
-from trainer.cli.flags import meant, underscored, unknown
+from trainer.cli.flags import meant, settings, underscored
 
 
 def test_hyphens_are_taken_for_underscores_in_names_only() -> None:
@@ -14,6 +14,7 @@ def test_hyphens_are_taken_for_underscores_in_names_only() -> None:
 def test_what_is_no_option_is_found_and_the_nearest_named() -> None:
     names = {"model.network.channels", "model.loss.variable_weights", "model.forcings"}
     about = {"model": {"network": {"chanels": 3}, "loss": {"variable_weights": {"t": 2.0}}, "forcings": None}, "x": 1}
-    assert list(unknown(about, names)) == ["model.network.chanels", "x"]
+    expected = [("model.network.chanels", 3), ("model.loss.variable_weights", {"t": 2.0}), ("model.forcings", None)]
+    assert list(settings(about, names)) == [*expected, ("x", 1)]
     assert meant("model.network.chanels", names) == " Did you mean model.network.channels?"
     assert meant("x", names) == ""

@@ -61,8 +61,8 @@ WORDS = [
 ]
 
 
-def real_step(rank: int, comm: Any, sizes: Sizes, precision: str) -> dict[str, Any]:
-    return measure(comm, sizes, precision)
+def real_step(rank: int, comm: Any, sizes: Sizes, precision: str, averages: bool = False) -> dict[str, Any]:
+    return measure(comm, sizes, precision, averages)
 
 
 @pytest.mark.parametrize(("ranks", "sizes", "precision"), CASES, ids=str)
@@ -74,6 +74,27 @@ def test_predicted_peak_is_the_measured_one_to_a_hundredth_and_messages_to_the_b
     assert abs(row["error"]) < 0.01, row
     assert row["sent_equal"]
     assert (row["sent"] > 0) == (ranks > 1)
+
+
+def test_averaged_weights_are_planned_to_the_byte(run: Callable[..., list[Any]]) -> None:
+    """Of a model whose weights are most of what it holds: without them the plan would fall short by a twentieth."""
+    sizes, ranks = replace(SIZES, grid="o16", hidden="ico1", channels=64), 2
+    arguments = [{"sizes": sizes, "precision": "32-true", "averages": True}] * ranks
+    row = compare(predict(sizes, "32-true", ranks, averages=True), run(real_step, arguments))
+    assert abs(row["error"]) < 0.01, row
+    (without,) = predict(sizes, "32-true", ranks).values()
+    (found,) = predict(sizes, "32-true", ranks, averages=True).values()
+    weights = found.at_peak["averaged weights"]
+    assert found.peak - without.peak == weights > 0.05 * found.peak
+
+
+def test_averages_are_planned_where_the_training_keeps_them(tmp_path: Path) -> None:
+    config = tmp_path / "my.yaml"
+    config.write_text("ema_decay: 0.999\n")
+    given = [*WORDS, "--grid=o16"]
+    assert plan_cli.plan_of(plan_cli.options_of([*given, f"--config={config}"])).job.averages
+    assert plan_cli.plan_of(plan_cli.options_of([*given, "--ema_decay=0.9"])).job.averages
+    assert not plan_cli.plan_of(plan_cli.options_of(given)).job.averages
 
 
 def test_every_rank_is_predicted_not_only_the_largest(run: Callable[..., list[Any]]) -> None:
@@ -226,7 +247,7 @@ def planned(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
 
 
 def test_variables_that_may_lack_values_are_planned_as_such() -> None:
-    options = plan_cli.parse([*WORDS, "--grid=o16", "--model.allow_nan=[sst,a]"])
+    options = plan_cli.options_of([*WORDS, "--grid=o16", "--model.allow_nan=[sst,a]"])
     roles = plan_cli.plan_of(options).job.roles
     assert (len(roles.variables), roles.allow_nan, roles.lacking) == (9, ("sst", "a"), ("sst",))
 

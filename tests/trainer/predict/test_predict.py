@@ -132,7 +132,7 @@ def watched(rank: int, comm: Any, ranks: int, checkpoint: Path, path: str, folde
     heard = Heard(comm)
     model = load(checkpoint, dataset, share_of(heard, ranks, dataset))
     heard.heard.clear()
-    task = plan(model.trained, dataset, model.share.cells, np.datetime64(START, "s"), "24h", folder)
+    task = plan(model.trained, dataset, model.share.cells, np.datetime64(START, "s"), folder, "24h")
     renamed: list[tuple[str, int]] = []
     before, replace_file = living_ids(), os.replace
 
@@ -433,8 +433,8 @@ def test_last_is_that_of_the_run_of_the_configuration(checkpoint: Path, path: st
     assert f"there is no run/checkpoints/last.ckpt, which --ckpt_path last means with {config}." in process.errors
     config.write_text(f"data: {{datset: {path}}}\n")
     process = Run(tmp_path, *given, f"--config={config}")
-    assert process.wait() == [1]
-    assert "sets data.datset, which is no option. Did you mean data.dataset?" in process.errors
+    assert process.wait() == [2]
+    assert f"has no option data.datset (in {config}). Did you mean data.dataset?" in process.errors
 
 
 def test_what_was_done_is_printed_also_when_a_late_part_fails(
