@@ -25,16 +25,19 @@ class PeerError(Exception):
 
 @dataclass(frozen=True)
 class Peer:
-    """What to install, and the imports that prove that it works."""
+    """What to install, the imports that prove that it works, and what to install without what it says it needs."""
 
     requirements: tuple[str, ...]
     imports: tuple[str, ...]
+    alone: tuple[str, ...] = ()
 
 
 PEERS = {
     "anemoi": Peer(("anemoi-datasets>=0.5", "zarr>=2.18,<3"), ("anemoi.datasets", "anemoi.datasets.commands.copy")),
-    "anemoi-models": Peer(
-        ("torch==2.13.0", "anemoi-models==0.13.0", "anemoi-graphs==0.9.0"), ("anemoi.models.models", "torch_geometric")
+    "anemoi-models": Peer(  # which asks for torch<2.11, and runs with the one that shardio is measured with
+        ("torch==2.13.0", "torch-geometric", "einops>=0.6.1", "hydra-core>=1.3", "scipy", "anemoi-utils>=0.5"),
+        ("anemoi.models.models", "torch_geometric"),
+        ("anemoi-models==0.19.0", "anemoi-graphs==0.9.8"),
     ),
     "rechunker": Peer(("rechunker==0.5.*", "dask[array]", "zarr>=2.18,<3"), ("rechunker",)),
 }
@@ -62,10 +65,13 @@ class Environments:
 
 def build(peer: Peer, folder: Path) -> None:
     """Make an environment from nothing."""
-    print(f"building {folder} with {', '.join(peer.requirements)}", file=sys.stderr)
+    print(f"building {folder} with {', '.join(peer.requirements + peer.alone)}", file=sys.stderr)
     venv.create(folder, clear=True, with_pip=True)
     python = interpreter(folder)
-    run([str(python), "-m", "pip", "install", "--quiet", *peer.requirements], "pip cannot install it")
+    install = [str(python), "-m", "pip", "install", "--quiet"]
+    run([*install, *peer.requirements], "pip cannot install it")
+    if peer.alone:
+        run([*install, "--no-deps", *peer.alone], "pip cannot install it")
     (folder / "complete").touch()
 
 

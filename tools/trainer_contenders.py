@@ -151,7 +151,7 @@ def theirs(options: argparse.Namespace, rank: int, world: int) -> tuple[Any, Cal
 
     def forward(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=options.bf16):
-            out = net({"data": x}, model_comm_group=group, grid_shard_shapes=shards)["data"]
+            out = net({"data": x}, model_comm_group=group, grid_shard_sizes=shards)["data"]
         loss = ((out - y) ** 2).sum() / count
         return reduce_tensor(loss, group) if group is not None else loss
 
@@ -164,7 +164,6 @@ def anemoi_model(options: argparse.Namespace) -> Any:
 
     from anemoi.models.data_indices.collection import IndexCollection
     from anemoi.models.models import AnemoiModelEncProcDec
-    from anemoi.utils.config import DotDict
     from omegaconf import OmegaConf
     from torch_geometric.data import HeteroData
 
@@ -183,6 +182,7 @@ def anemoi_model(options: argparse.Namespace) -> Any:
     common = {
         "trainable_size": options.trainable,
         "sub_graph_edge_attributes": ["edge_length", "edge_dirs"],
+        "num_channels": options.channels,
         "mlp_hidden_ratio": 4,
         "num_heads": options.heads,
         "qk_norm": False,
@@ -197,24 +197,33 @@ def anemoi_model(options: argparse.Namespace) -> Any:
     layers = "anemoi.models.layers"
     mapper = {**common, "num_chunks": options.chunks}
     config = {
-        "training": {"multistep_input": options.input_steps, "multistep_output": 1},
         "model": {
-            "num_channels": options.channels,
             "model": {"hidden_nodes_name": "hidden", "latent_skip": True},
-            "trainable_parameters": dict.fromkeys(
-                ("data", "hidden", "data2hidden", "hidden2data", "hidden2hidden"), options.trainable
-            ),
+            "node_trainable_parameters": dict.fromkeys(("data", "hidden"), options.trainable),
+            "latent_aggregator": {"_target_": f"{layers}.aggregator.SumAggregator"},
             "processor": {
                 "_target_": f"{layers}.processor.GraphTransformerProcessor",
                 "num_layers": options.layers,
                 "num_chunks": 1,
                 **common,
             },
-            "encoder": {"_target_": f"{layers}.mapper.GraphTransformerForwardMapper", **mapper},
-            "decoder": {
-                "_target_": f"{layers}.mapper.GraphTransformerBackwardMapper",
-                "initialise_data_extractor_zero": False,
-                **mapper,
+            "encoders": {
+                "all": {
+                    "source_datasets": ["data"],
+                    "dataset_fusing_strategy": "not_supported",
+                    "mapper": {"_target_": f"{layers}.mapper.GraphTransformerForwardMapper", **mapper},
+                }
+            },
+            "decoders": {
+                "all": {
+                    "target_datasets": ["data"],
+                    "target_node_features": ["encoded_data"],
+                    "mapper": {
+                        "_target_": f"{layers}.mapper.GraphTransformerBackwardMapper",
+                        "initialise_data_extractor_zero": False,
+                        **mapper,
+                    },
+                }
             },
             "residual": {"_target_": f"{layers}.residual.SkipConnection", "step": -1},
             "bounding": [],
@@ -224,9 +233,14 @@ def anemoi_model(options: argparse.Namespace) -> Any:
     indices = IndexCollection(OmegaConf.create({"forcing": [], "diagnostic": [], "target": []}), names)
     torch.manual_seed(0)
     model = AnemoiModelEncProcDec(
-        model_config=DotDict(config), data_indices={"data": indices}, statistics={"data": None}, graph_data=graph
+        model_config=OmegaConf.create(config),
+        data_indices={"data": indices},
+        statistics={"data": None},
+        n_step_input=options.input_steps,
+        n_step_output=1,
+        graph_data=graph,
     )
-    if not options.checkpointing:  # the setting is not passed on everywhere in 0.13
+    if not options.checkpointing:  # the setting is not passed on everywhere
         for module in model.modules():
             if hasattr(module, "gradient_checkpointing"):
                 module.gradient_checkpointing = False
