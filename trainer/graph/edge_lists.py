@@ -1,15 +1,18 @@
 """The edges of a graph as tables of their nodes, in which attention gathers; never scatters.
 
-    edges  0>0 2>0 1>1 2>1 0>2       incoming   destinations 0 1: sources [[0 2] [1 2]]   destination 2: [[0]]
-                                     outgoing   sources 0 2: destinations [[0 2] [0 1]]   source 1: [[1]]
+    edges  0>0 2>0 1>1 2>1 0>2     ends 0 2 1 2 0   offsets 0 2 4 5      incoming   destinations 0 1: 2 wide   2: 1 wide
+                                                                         outgoing   sources 0 2: edges [[0 4] [1 3]]
+                                                                                    source 1: edges [[2]]
 
-Nodes with equally many edges make a bucket, whose edges are a table [nodes, width].
+An edge is its place in the order of destinations. Nothing is held twice, and in no wider a type than it needs: at 9 km
+the graph is the largest thing in memory. Where an edge ends follows from the offsets.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -21,17 +24,43 @@ from trainer.model.kernels import cpp as attention_kernel
 
 Int64 = NDArray[np.int64]
 KERNELS = ("auto", "torch", "cpp")
-PADDING = 8  # of the places in a bucket, one in so many may be empty
+PADDING = 8  # of the places in a table, one in so many may be empty
+MOST_EDGES = 2**31 - 1
 
 
 @dataclass(frozen=True, eq=False)
-class Bucket:
-    """Nodes with about equally many edges, as a table.
+class Table:
+    """Nodes with about equally many edges.
+
+    Attributes:
+      nodes: int32 [nodes]; a range where they are consecutive.
+      width: edges of those that have most.
+      full: whether all have so many.
+      edges: int32 [nodes, width], of outgoing edges; behind a node's last edge, that edge again. None of incoming ones,
+        which are consecutive.
+    """
+
+    nodes: Tensor | range
+    width: int
+    full: bool
+    edges: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.nodes)
+
+    def to(self, device: torch.device | str) -> Table:
+        nodes = self.nodes if isinstance(self.nodes, range) else self.nodes.to(device)
+        return Table(nodes, self.width, self.full, None if self.edges is None else self.edges.to(device))
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """Some nodes of a table.
 
     Attributes:
       nodes: int64 [nodes].
-      ends: int64 [nodes, width], the other end of every edge; where empty, that of the node's last edge.
-      edges: int64 [nodes, width], which edge it is; where empty, the number of edges.
+      ends: [nodes, width], the other end of every edge; where empty, that of the node's last edge.
+      edges: [nodes, width], which edge it is; where empty, the node's last edge.
       empty: bool [nodes, width, 1]; None if nothing is.
     """
 
@@ -40,17 +69,6 @@ class Bucket:
     edges: Tensor
     empty: Tensor | None
 
-    def blocks(self, rows: int) -> Iterator[Bucket]:
-        """Cut into buckets of at most that many nodes."""
-        for first in range(0, len(self.nodes), rows):
-            part = slice(first, first + rows)
-            empty = None if self.empty is None else self.empty[part]
-            yield Bucket(self.nodes[part], self.ends[part], self.edges[part], empty)
-
-    def to(self, device: torch.device | str) -> Bucket:
-        empty = None if self.empty is None else self.empty.to(device)
-        return Bucket(self.nodes.to(device), self.ends.to(device), self.edges.to(device), empty)
-
 
 @dataclass(frozen=True, eq=False)
 class EdgeLists:
@@ -58,18 +76,22 @@ class EdgeLists:
 
     Attributes:
       sources, destinations: number of nodes at which edges may start and end.
-      edges: number of edges.
-      incoming: by destination; edges are counted as they were given.
-      outgoing: by source; edges are counted in the order in which the tables of incoming list them, empty places too.
-      rows: for the compiled kernel, edges by destination and by source as offsets, ends, edges; None without it.
+      ends: int32 [edges], where each edge starts; for tables int16 if 16 bits are enough.
+      offsets: int32 [destinations + 1], the edges of destination i are offsets[i] to offsets[i + 1]; None where all
+        have `most`.
+      most: edges of the destination that has most.
+      incoming, outgoing: the tables of destinations and of sources; none for the compiled kernel, which needs none.
+      compiled: whether the compiled kernel takes them.
     """
 
     sources: int
     destinations: int
-    edges: int
-    incoming: tuple[Bucket, ...]
-    outgoing: tuple[Bucket, ...]
-    rows: tuple[attention_kernel.Rows, attention_kernel.Rows] | None
+    ends: Tensor
+    offsets: Tensor | None
+    most: int
+    incoming: tuple[Table, ...]
+    outgoing: tuple[Table, ...]
+    compiled: bool
 
     @staticmethod
     def build(
@@ -80,38 +102,97 @@ class EdgeLists:
         device: torch.device | str = "cpu",
         kernel: str = "auto",
     ) -> EdgeLists:
-        """Sort edges by their ends.
+        """List edges by their ends.
 
         Args:
-          source, destination: int64 [edges], local ids, in any order; features are to be given in this order.
+          source, destination: [edges], local ids, by ascending destination; features are to be given in this order.
           sources, destinations: how many nodes there are; those without edges get zeros.
           device: where the lists live.
           kernel: torch, cpp (for CPUs, compiled when first used), or auto: cpp where it can be had.
-        Raises: PlanError if an edge ends at no node, or the kernel is unknown.
+        Raises: PlanError if an edge ends at no node, edges are not by destination or too many, or the kernel is
+          unknown.
         """
-        start, end = (np.asarray(torch.as_tensor(ids).cpu(), dtype=np.int64) for ids in (source, destination))
-        if start.shape != end.shape or start.ndim != 1:
-            raise PlanError(f"edges have sources {start.shape} and destinations {end.shape}. Give one each per edge.")
-        for name, ids, count in (("source", start, sources), ("destination", end, destinations)):
-            if ids.size and not 0 <= ids.min() <= ids.max() < count:
-                raise PlanError(
-                    f"edges have {name}s {ids.min()} to {ids.max()}, but there are {count}. Give local ids of the "
-                    f"nodes at hand, or more {name}s."
-                )
-        by_destination = _sort(end, start, np.arange(end.size), destinations)
-        tables = _tables(by_destination, end.size)
-        places = np.concatenate([*(table.edges.numpy().ravel() for table in tables), np.empty(0, np.int64)])
-        back = _tables(_sort(start, end, _positions(places, end.size), sources), places.size)
-        rows = None
-        if _is_compiled(kernel, torch.device(device)):
-            by_source = _sort(start, end, _positions(by_destination.edges, end.size), sources)
-            rows = by_destination.tensors(), by_source.tensors()
-        incoming, outgoing = (tuple(table.to(device) for table in part) for part in (tables, back))
-        return EdgeLists(sources, destinations, end.size, incoming, outgoing, rows)
+        start, end = (np.asarray(torch.as_tensor(ids).cpu()) for ids in (source, destination))
+        _check(start, end, sources, destinations)
+        compiled = is_compiled(kernel, torch.device(device))
+        degrees = np.bincount(end, minlength=destinations)
+        most = int(degrees.max(initial=0))
+        offsets = None
+        if not is_regular(degrees):
+            offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(degrees)]).astype(np.int32)).to(device)
+        ends = torch.from_numpy(start.astype(np.int32)).to(device, ends_type(sources, compiled))
+        incoming: tuple[Table, ...] = ()
+        outgoing: tuple[Table, ...] = ()
+        if not compiled:
+            incoming = tuple(Table(*one).to(device) for one in tables(degrees))
+            outgoing = tuple(one.to(device) for one in _outgoing(start, sources))
+        return EdgeLists(sources, destinations, ends, offsets, most, incoming, outgoing, compiled)
+
+    @property
+    def edges(self) -> int:
+        """Number of edges."""
+        return len(self.ends)
+
+    def for_torch(self) -> EdgeLists:
+        """With tables; made of those for the compiled kernel where a type turns up that it does not know."""
+        return self._with_tables if self.compiled else self
+
+    @cached_property
+    def _with_tables(self) -> EdgeLists:
+        destination = self._end(torch.arange(self.edges))  # of the compiled kernel, on a CPU and in 32 bits
+        return EdgeLists.build(self.ends, destination, self.sources, self.destinations, kernel="torch")
+
+    def blocks_in(self, table: Table, rows: int) -> Iterator[Block]:
+        """A table of destinations, so many nodes at a time."""
+        place = torch.arange(table.width, device=self.ends.device)
+        for nodes in _cut(table, rows, self.ends.device):
+            if self.offsets is None:
+                edges, empty = nodes[:, None] * self.most + place, None
+            else:
+                first, last = (self.offsets.index_select(0, nodes + i).long()[:, None] for i in (0, 1))
+                edges, empty = torch.minimum(first + place, last - 1), None
+                if not table.full:
+                    empty = (first + place >= last).unsqueeze(-1)
+            yield Block(nodes, self._start(edges), edges, empty)
+
+    def blocks_out(self, table: Table, rows: int) -> Iterator[Block]:
+        """A table of sources, so many nodes at a time."""
+        assert table.edges is not None
+        for number, nodes in enumerate(_cut(table, rows, self.ends.device)):
+            edges, empty = table.edges[number * rows : (number + 1) * rows].long(), None
+            if not table.full:  # a node has no edge twice but behind its last one
+                empty = torch.nn.functional.pad(edges[:, 1:] == edges[:, :-1], (1, 0)).unsqueeze(-1)
+            yield Block(nodes, self._end(edges), edges, empty)
+
+    def _start(self, edges: Tensor) -> Tensor:
+        """Where they start; ids that are negative in 16 bits are those from 2^15 on."""
+        ends = self.ends.index_select(0, edges.reshape(-1)).view(edges.shape)
+        return ends.int().bitwise_and_(2**16 - 1) if ends.dtype == torch.int16 else ends
+
+    def _end(self, edges: Tensor) -> Tensor:
+        """Where they end."""
+        if self.offsets is None:
+            return edges // self.most
+        return torch.searchsorted(self.offsets, edges.int(), right=True) - 1
 
 
-def _is_compiled(kernel: str, device: torch.device) -> bool:
-    """Raises: PlanError if cpp is asked for and cannot be had."""
+def _check(start: Int64, end: Int64, sources: int, destinations: int) -> None:
+    if start.shape != end.shape or start.ndim != 1:
+        raise PlanError(f"edges have sources {start.shape} and destinations {end.shape}. Give one each per edge.")
+    for name, ids, count in (("source", start, sources), ("destination", end, destinations)):
+        if ids.size and not 0 <= ids.min() <= ids.max() < count:
+            raise PlanError(
+                f"edges have {name}s {ids.min()} to {ids.max()}, but there are {count}. Give local ids of the "
+                f"nodes at hand, or more {name}s."
+            )
+    if (end[1:] < end[:-1]).any():
+        raise PlanError("edges are not in the order of their destinations. Sort them, and their features.")
+    if max(end.size, sources, destinations) > MOST_EDGES:
+        raise PlanError(f"{end.size} edges are too many for one rank. Use more ranks, or more chunks.")
+
+
+def is_compiled(kernel: str, device: torch.device) -> bool:
+    """Whether the compiled kernel is to be used; PlanError if cpp is asked for and cannot be had."""
     if kernel not in KERNELS:
         raise PlanError(f"attention kernel {kernel!r} is unknown. Use one of: {', '.join(KERNELS)}.")
     if kernel == "torch" or (kernel == "auto" and device.type != "cpu"):
@@ -122,44 +203,46 @@ def _is_compiled(kernel: str, device: torch.device) -> bool:
     return library is not None
 
 
-@dataclass(frozen=True, eq=False)
-class _Sorted:
-    """Edges by node: those of node i are offsets[i] to offsets[i + 1] of ends (their other ends) and edges (ids)."""
-
-    offsets: Int64
-    ends: Int64
-    edges: Int64
-
-    def tensors(self) -> attention_kernel.Rows:
-        return attention_kernel.Rows(*(torch.from_numpy(array) for array in (self.offsets, self.ends, self.edges)))
+def is_regular(degrees: Int64) -> bool:
+    """Whether all nodes have equally many edges, and some."""
+    return bool(degrees.size and degrees[0] and (degrees == degrees[0]).all())
 
 
-def _sort(node: Int64, end: Int64, edge: Int64, nodes: int) -> _Sorted:
-    order = np.argsort(node, kind="stable")
-    return _Sorted(np.searchsorted(node[order], np.arange(nodes + 1)), end[order], edge[order])
+def ends_type(sources: int, compiled: bool) -> torch.dtype:
+    """The narrowest type for ids of so many nodes."""
+    return torch.int16 if sources <= 2**16 and not compiled else torch.int32
 
 
-def _positions(listed: Int64, edges: int) -> Int64:
-    """[edges], where in the list each edge is; empty places list the edge that does not exist."""
-    position = np.empty(edges + 1, np.int64)
-    position[listed] = np.arange(listed.size)
-    return position[:edges]
-
-
-def _tables(by_node: _Sorted, none: int) -> list[Bucket]:
-    """All nodes that have edges, in tables, widest first."""
-    degrees = np.diff(by_node.offsets)
-    tables = []
+def tables(degrees: Int64) -> Iterator[tuple[Tensor | range, int, bool]]:
+    """Nodes, width and whether it is full of every table, widest first; of nodes with so many edges each."""
     for width, least in table_widths(degrees):
         nodes = np.flatnonzero((degrees <= width) & (degrees >= least))
-        place, degree = np.arange(width), degrees[nodes, None]
-        listed = by_node.offsets[nodes, None] + np.minimum(place, degree - 1)
-        empty = place >= degree
-        edges = np.where(empty, none, by_node.edges[listed])
-        holes = torch.from_numpy(empty).unsqueeze(-1) if empty.any() else None
-        ends = torch.from_numpy(by_node.ends[listed])
-        tables.append(Bucket(torch.from_numpy(nodes), ends, torch.from_numpy(edges), holes))
-    return tables
+        full, first, last = bool((degrees[nodes] == width).all()), int(nodes[0]), int(nodes[-1]) + 1
+        is_range = last - first == nodes.size
+        yield range(first, last) if is_range else torch.from_numpy(nodes.astype(np.int32)), width, full
+
+
+def _outgoing(start: Int64, sources: int) -> Iterator[Table]:
+    """Tables of sources, each with its edges in ascending order."""
+    edges, degrees = np.argsort(start, kind="stable").astype(np.int32), np.bincount(start, minlength=sources)
+    last = np.cumsum(degrees)
+    for nodes, width, full in tables(degrees):
+        chosen = np.asarray(nodes)
+        listed = np.minimum((last - degrees)[chosen, None] + np.arange(width), last[chosen, None] - 1)
+        yield Table(nodes, width, full, torch.from_numpy(edges[listed]))
+
+
+def by_degree(start: Int64, sources: int) -> Int64:
+    """[sources], an order of the sources in which those of one table are consecutive."""
+    degrees = np.bincount(start, minlength=sources)
+    return np.argsort(-degrees, kind="stable")
+
+
+def _cut(table: Table, rows: int, device: torch.device) -> Iterator[Tensor]:
+    """Its nodes, int64, so many at a time."""
+    for first in range(0, len(table), rows):
+        nodes = table.nodes[first : first + rows]
+        yield torch.arange(nodes.start, nodes.stop, device=device) if isinstance(nodes, range) else nodes.long()
 
 
 def table_widths(degrees: Int64) -> list[tuple[int, int]]:

@@ -27,7 +27,7 @@ from shardio import Partition
 from shardio.errors import PlanError, TopologyError
 from trainer.graph import graph_cache
 from trainer.graph.graph_cache import Arrays, cache_path
-from trainer.graph.grid import Float64, Frames, Int64, Mesh, build_mesh, check_places, dot, mesh_nodes
+from trainer.graph.grid import Float64, Frames, Int32, Int64, Mesh, build_mesh, check_places, dot, mesh_nodes
 
 BLOCK_CELLS = 2**16
 DECODER_NEIGHBOURS = 3
@@ -73,16 +73,16 @@ class Edges:
     """The edges that end at the nodes of one rank, sorted by destination, then source.
 
     Attributes:
-      source: int64 [edges/M], global id.
-      destination: int64 [edges/M], counted from the first node the rank owns.
+      source: int32 [edges/M], global id.
+      destination: int32 [edges/M], counted from the first node the rank owns.
       features: float32 [edges/M, 3]: length of the chord from destination to source, and how far that goes east
         and north in the destination's own frame; over the mean hidden spacing, or for the processor the root mean
         square length of all its edges.
       destinations: nodes that the rank owns.
     """
 
-    source: Int64
-    destination: Int64
+    source: Int32
+    destination: Int32
     features: NDArray[np.float32]
     destinations: int
 
@@ -354,4 +354,5 @@ def equal_work(work: Int64, ranks: int) -> tuple[int, ...]:
 
 def _edges(source: Int64, destination: Int64, features: Float64, owned: slice) -> Edges:
     order = np.lexsort((source, destination))
-    return Edges(source[order], destination[order], features[order].astype(np.float32), int(owned.stop - owned.start))
+    start, end = (ids[order].astype(np.int32) for ids in (source, destination))
+    return Edges(start, end, features[order].astype(np.float32), int(owned.stop - owned.start))

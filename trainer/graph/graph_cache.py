@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from shardio.errors import OutputError
 
-CACHE_FORMAT = 2  # raise it with every change to what is built
+CACHE_FORMAT = 3  # raise it with every change to what is built
 
 Arrays = dict[str, NDArray[Any]]
 

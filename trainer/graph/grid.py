@@ -27,6 +27,7 @@ from shardio import octahedral
 from shardio.errors import DatasetError, PlanError
 
 Float64 = NDArray[np.float64]
+Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
 
 # A vertex of the Voronoi tessellation is the centre of an empty circle. These are radii of such circles, in mean

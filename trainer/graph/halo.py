@@ -30,13 +30,11 @@ class Traffic:
     Attributes:
       sent: to all other ranks.
       received: from all other ranks.
-      lower_bound: of received: different sources, owned by others, of this rank's edges.
       all_gather: what the rank would send to give its rows to all others.
     """
 
     sent: int
     received: int
-    lower_bound: int
     all_gather: int
 
 
@@ -50,7 +48,8 @@ class Halo:
       owned: rows that this rank owns, nodes/M.
       send: int64 [sent], owned rows that others need, by receiver, then by id.
       send_counts, receive_counts: [M], rows for and from every rank.
-      source: int64 [edges/M], where each edge starts in the rows that `exchange` returns.
+      source: int32 [edges/M], where each edge starts in the rows that `exchange` returns; empty where lists of edges
+        say it.
     """
 
     comm: Comm
@@ -72,13 +71,12 @@ class Halo:
 
     def traffic(self, row_bytes: int = 1) -> Traffic:
         """Bytes of an exchange of rows of that many bytes; with 1, rows."""
-        cut = int(torch.unique(self.source[self.source >= self.owned]).numel())
-        rows = sum(self.send_counts), sum(self.receive_counts), cut, self.owned * (self.ranks - 1)
+        rows = sum(self.send_counts), sum(self.receive_counts), self.owned * (self.ranks - 1)
         return Traffic(*(count * row_bytes for count in rows))
 
 
 def build_halo(
-    source: NDArray[np.int64],
+    source: NDArray[np.signedinteger[Any]],
     bounds: Sequence[int],
     comm: Comm,
     device: torch.device | str = "cpu",
@@ -105,7 +103,7 @@ def build_halo(
             "Give the bounds of the nodes at which the edges start."
         )
     remote = (source < first) | (source >= last)
-    needed = np.unique(source[remote])  # owners hold contiguous ids: this is by owner, then by id
+    needed = np.unique(source[remote]).astype(np.int64)  # owners hold contiguous ids: this is by owner, then by id
     receive_counts = np.diff(np.searchsorted(needed, bounds))
     local = np.where(remote, last - first + np.searchsorted(needed, source), source - first)
     wanted, send_counts = _ask(needed, receive_counts, comm, device)
@@ -115,7 +113,8 @@ def build_halo(
             "Give the same bounds on all ranks."
         )
     counts = tuple(send_counts), tuple(receive_counts.tolist())
-    return Halo(comm, part, last - first, wanted - first, *counts, torch.from_numpy(local).to(device))
+    rows = torch.from_numpy(local.astype(np.int32)).to(device)
+    return Halo(comm, part, last - first, wanted - first, *counts, rows)
 
 
 def _ask(

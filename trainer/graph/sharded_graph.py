@@ -7,7 +7,7 @@ All of it is built once, before the first step, and shared by all layers and ste
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from shardio import balanced
 from shardio.errors import PlanError
 from trainer.comm import Alone, Comm
-from trainer.graph.edge_lists import EdgeLists
+from trainer.graph.edge_lists import EdgeLists, by_degree, is_compiled
 from trainer.graph.graph import Edges, Graph
 from trainer.graph.halo import Halo, build_halo, exchange
 from trainer.graph.heads import HeadExchange, gather_edges
@@ -35,7 +35,7 @@ class Chunk:
 
     Attributes:
       destinations: the range.
-      sources: int64 [sources], the rows (owned + halo) at which its edges start; None for all rows.
+      sources: int32 [sources], the rows (owned + halo) at which its edges start; None for all rows.
       features: [edges, 3].
       lists: the edges, sorted for attention, by place in `sources` and in `destinations`.
     """
@@ -48,7 +48,7 @@ class Chunk:
 
 @dataclass(frozen=True, eq=False)
 class Links:
-    """One set of edges: the halo of its sources, and its destinations in chunks."""
+    """One set of edges: the halo of its sources, without their rows, which the chunks have; destinations in chunks."""
 
     halo: Halo
     chunks: tuple[Chunk, ...]
@@ -90,6 +90,7 @@ def shard_graph(
     dtype: torch.dtype = torch.float32,
     num_chunks: int = 1,
     shard_strategy: str = "edges",
+    kernel: str = "auto",
 ) -> ShardedGraph:
     """Agree on the halos and put the rank's part on the device. All ranks of the group call it together.
 
@@ -101,12 +102,14 @@ def shard_graph(
       num_chunks: ranges of destinations that encoder and decoder compute one after the other.
       shard_strategy: of the processor: `edges` (halo) or `heads` (every rank has all hidden nodes, but only some of
         the attention heads, while it attends).
+      kernel: of attention, see EdgeLists.build.
+    Raises: PlanError if shard_strategy, num_chunks or kernel are not to be had.
     """
     if shard_strategy not in SHARD_STRATEGIES:
         raise PlanError(f"shard_strategy {shard_strategy!r} is unknown. Use one of: {', '.join(SHARD_STRATEGIES)}.")
     if num_chunks < 1:
         raise PlanError(f"num_chunks is {num_chunks}. Use 1 or more.")
-    put, comm = _Put(device, dtype), comm or Alone()
+    put, comm = _Put(device, dtype, kernel), comm or Alone()
     encoder_halo = build_halo(graph.encoder.source, graph.cells.bounds, comm, device, "encoder")
     decoder_halo = build_halo(graph.decoder.source, graph.hidden_bounds, comm, device, "decoder")
     if shard_strategy == "heads" and graph.cells.ranks > 1:
@@ -132,9 +135,13 @@ def shard_graph(
 class _Put:
     device: torch.device | str
     dtype: torch.dtype
+    kernel: str
 
     def values(self, array: NDArray[Any]) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, self.dtype)
+
+    def lists(self, source: NDArray[Any], destination: NDArray[Any], sources: int, destinations: int) -> EdgeLists:
+        return EdgeLists.build(source, destination, sources, destinations, self.device, self.kernel)
 
     def places(self, coordinates: NDArray[np.float64]) -> Tensor:
         latitude, longitude = np.radians(coordinates).T
@@ -145,15 +152,19 @@ class _Put:
 def _links(edges: Edges, halo: Halo, num_chunks: int, put: _Put) -> Links:
     source = halo.source.cpu().numpy()
     bounds = balanced(edges.destinations, min(num_chunks, edges.destinations))
-    return Links(halo, tuple(_chunk(edges, source, halo.rows, slice(*ends), put) for ends in pairwise(bounds)))
+    chunks = tuple(_chunk(edges, source, halo.rows, slice(*ends), put) for ends in pairwise(bounds))
+    return Links(replace(halo, source=halo.source.new_empty(0)), chunks)
 
 
-def _chunk(edges: Edges, source: NDArray[np.int64], rows: int, destinations: slice, put: _Put) -> Chunk:
+def _chunk(edges: Edges, source: NDArray[Any], rows: int, destinations: slice, put: _Put) -> Chunk:
     first, last = np.searchsorted(edges.destination, [destinations.start, destinations.stop])
     source, destination = source[first:last], edges.destination[first:last] - destinations.start
     features, count = put.values(edges.features[first:last]), destinations.stop - destinations.start
     if count == edges.destinations:
-        return Chunk(destinations, None, features, EdgeLists.build(source, destination, rows, count, put.device))
+        return Chunk(destinations, None, features, put.lists(source, destination, rows, count))
     needed, place = np.unique(source, return_inverse=True)
-    lists = EdgeLists.build(place, destination, needed.size, count, put.device)
-    return Chunk(destinations, torch.from_numpy(needed).to(put.device), features, lists)
+    if not is_compiled(put.kernel, torch.device(put.device)):  # whose tables have their sources one after the other
+        order = by_degree(place, needed.size)
+        needed, place = needed[order], np.argsort(order)[place]
+    sources = torch.from_numpy(needed.astype(np.int32)).to(put.device)
+    return Chunk(destinations, sources, features, put.lists(place, destination, needed.size, count))

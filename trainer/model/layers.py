@@ -110,4 +110,4 @@ class _Take(torch.autograd.Function):
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
         (index,) = ctx.saved_tensors
         whole = gradient.new_zeros((*gradient.shape[:-2], ctx.rows, gradient.shape[-1]))
-        return whole.index_copy_(-2, index, gradient), None
+        return whole.index_copy_(-2, index.long(), gradient), None

@@ -13,16 +13,18 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
 
 from shardio import Partition, balanced
-from trainer.graph.edge_lists import table_widths
+from trainer.graph.edge_lists import is_regular, tables
 from trainer.graph.graph import PARTS, Graph, equal_work
 from trainer.graph.grid import Int64
 
-Tables = list[tuple[int, int, bool]]  # nodes, width, whether some places are empty
+Tables = list[tuple[Tensor | range, int, bool]]  # nodes, width, whether all places are taken
 
 
 @dataclass(frozen=True)
@@ -32,13 +34,14 @@ class ChunkCounts:
     Attributes:
       destinations, edges: how many.
       sources: rows at which they start; all rows of the rank where the range is all destinations.
-      incoming, outgoing: the tables of attention.
-      places: of the incoming tables.
+      regular: whether equally many end at each destination.
+      incoming, outgoing: the tables of attention by torch.
     """
 
     destinations: range
     sources: int
     edges: int
+    regular: bool
     incoming: Tables
     outgoing: Tables
 
@@ -56,8 +59,8 @@ class Ends(Protocol):
 class ListedEnds:
     """Edges one by one, sorted by destination. Attributes: row of each source [edges], destination [edges], rows."""
 
-    source: Int64
-    destination: Int64
+    source: NDArray[np.signedinteger[Any]]
+    destination: NDArray[np.signedinteger[Any]]
     rows: int
     destinations: int
 
@@ -70,8 +73,9 @@ class ListedEnds:
         whole = len(destinations) == self.destinations
         into = np.bincount(self.destination[first:last] - destinations.start, minlength=len(destinations))
         out = np.bincount(self.source[first:last], minlength=self.rows)
-        sources = self.rows if whole else int(np.count_nonzero(out))
-        return ChunkCounts(destinations, sources, int(last - first), tables(into), tables(out))
+        if not whole:  # its own numbers for its sources
+            out = -np.sort(-out[out > 0])
+        return _counted(destinations, into, out)
 
 
 @dataclass(frozen=True)
@@ -92,23 +96,19 @@ class EvenEnds:
         share = len(destinations) / self.destinations
         edges, whole = round(self.edges * share), share == 1.0
         sources = self.rows if whole else min(self.rows, round(self.rows * share) + self.border)
-        into, out = (_even(edges, nodes) for nodes in (len(destinations), sources))
-        return ChunkCounts(destinations, sources, edges, into, out)
+        return _counted(destinations, *(_even(edges, nodes) for nodes in (len(destinations), sources)))
 
 
-def _even(edges: int, nodes: int) -> Tables:
+def _even(edges: int, nodes: int) -> Int64:
+    """[nodes] edges of each."""
     low, more = divmod(edges, nodes)
-    degrees = np.repeat([low + 1, low], [more, nodes - more])
-    return tables(degrees)
+    return np.repeat([low + 1, low], [more, nodes - more])
 
 
-def tables(degrees: Int64) -> Tables:
-    """As EdgeLists makes them of nodes with so many edges each."""
-    found = []
-    for width, least in table_widths(degrees):
-        chosen = degrees[(degrees <= width) & (degrees >= least)]
-        found.append((chosen.size, width, bool((chosen < width).any())))
-    return found
+def _counted(destinations: range, into: Int64, out: Int64) -> ChunkCounts:
+    """Of the number of edges of every destination, and of every source."""
+    found = list(tables(into)), list(tables(out))
+    return ChunkCounts(destinations, out.size, int(into.sum()), is_regular(into), *found)
 
 
 @dataclass(frozen=True, eq=False)
@@ -231,7 +231,7 @@ class CutGraph:
         return part_counts(listed, bounds, rows[:, rank], rows[rank], owned)
 
 
-def local_rows(source: Int64, owned: slice) -> Int64:
+def local_rows(source: NDArray[np.signedinteger[Any]], owned: slice) -> Int64:
     """Rows of these nodes on the rank: its own first, then the others by id."""
     remote = (source < owned.start) | (source >= owned.stop)
     needed = np.unique(source[remote])

@@ -16,13 +16,12 @@ import torch
 from torch import Tensor
 
 from trainer.comm import Comm
-from trainer.graph.edge_lists import Bucket, EdgeLists
+from trainer.graph.edge_lists import EdgeLists, Table, ends_type
 from trainer.graph.halo import Halo
 from trainer.graph.heads import HeadExchange
 from trainer.graph.sharded_graph import EDGE_FEATURES, NODE_FEATURES, Chunk, Links, ShardedGraph
 from trainer.model.kernels import cpp as attention_kernel
-from trainer.model.kernels.cpp import Rows
-from trainer.plan.counts import ChunkCounts, PartCounts, RankCounts, Tables
+from trainer.plan.counts import ChunkCounts, PartCounts, RankCounts
 
 T = TypeVar("T")
 
@@ -63,7 +62,7 @@ def idle_kernel() -> Iterator[None]:
 
 
 def fake_graph(
-    counts: RankCounts, comm: Comm, num_chunks: int, shard_strategy: str, dtype: torch.dtype, rows: bool
+    counts: RankCounts, comm: Comm, num_chunks: int, shard_strategy: str, dtype: torch.dtype, compiled: bool
 ) -> ShardedGraph:
     """As sharded_graph.shard_graph makes it of the real graph, tensor by tensor.
 
@@ -72,11 +71,11 @@ def fake_graph(
       comm: its model group.
       num_chunks, shard_strategy: as there.
       dtype: of coordinates and edge features.
-      rows: whether the compiled kernel of CPUs is used, which has lists of its own.
+      compiled: whether the compiled kernel of CPUs is used, which needs no tables.
     """
     halos = {name: _halo(name, part, counts, comm) for name, part in counts.parts.items()}
     links = {
-        name: Links(halos[name], tuple(_chunk(one, part, dtype, rows) for one in part.chunks(num_chunks)))
+        name: Links(halos[name], tuple(_chunk(one, part, dtype, compiled) for one in part.chunks(num_chunks)))
         for name, part in counts.parts.items()
         if name != "processor"
     }
@@ -87,13 +86,13 @@ def fake_graph(
         heads = HeadExchange(comm, counts.hidden_bounds)
         chunk = counts.all_processor_edges.chunk(range(counts.hidden_bounds[-1]))
         none = (0,) * counts.ranks
-        halo = Halo(comm, "processor", halo.owned, _ids(0), none, none, _ids(0))
+        halo = Halo(comm, "processor", halo.owned, _ids(0), none, none, _narrow(0))
     whole = PartCounts(counts.hidden_bounds, (), (), len(chunk.destinations), counts.processor.ends)
     return ShardedGraph(
         torch.empty(counts.owned_cells + counts.encoder.halo, NODE_FEATURES, dtype=dtype),
         torch.empty(counts.owned_hidden, NODE_FEATURES, dtype=dtype),
         links["encoder"],
-        Links(halo, (_chunk(chunk, whole, dtype, rows),)),
+        Links(halo, (_chunk(chunk, whole, dtype, compiled),)),
         links["decoder"],
         heads,
     )
@@ -105,24 +104,30 @@ def _ids(*shape: int) -> Tensor:
 
 def _halo(name: str, part: PartCounts, counts: RankCounts, comm: Comm) -> Halo:
     owned = part.bounds[counts.rank + 1] - part.bounds[counts.rank]
-    return Halo(comm, name, owned, _ids(sum(part.lent)), part.lent, part.borrowed, _ids(part.ends.edges))
+    return Halo(comm, name, owned, _ids(sum(part.lent)), part.lent, part.borrowed, _narrow(0))
 
 
-def _chunk(counts: ChunkCounts, part: PartCounts, dtype: torch.dtype, rows: bool) -> Chunk:
+def _chunk(counts: ChunkCounts, part: PartCounts, dtype: torch.dtype, compiled: bool) -> Chunk:
     destinations = counts.destinations
-    needed = None if len(destinations) == part.destinations else _ids(counts.sources)
+    needed = None if len(destinations) == part.destinations else _narrow(counts.sources)
     features = torch.empty(counts.edges, EDGE_FEATURES, dtype=dtype)
-    return Chunk(slice(destinations.start, destinations.stop), needed, features, _lists(counts, rows))
+    return Chunk(slice(destinations.start, destinations.stop), needed, features, _lists(counts, compiled))
 
 
-def _lists(counts: ChunkCounts, rows: bool) -> EdgeLists:
-    into, out = (tuple(_buckets(tables)) for tables in (counts.incoming, counts.outgoing))
-    destinations, sources, edges = len(counts.destinations), counts.sources, counts.edges
-    lists = tuple(Rows(_ids(nodes + 1), _ids(edges), _ids(edges)) for nodes in (destinations, sources))
-    return EdgeLists(sources, destinations, edges, into, out, (lists[0], lists[1]) if rows else None)
+def _narrow(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.int32)
 
 
-def _buckets(tables: Tables) -> Iterator[Bucket]:
-    for nodes, width, holes in tables:
-        empty = torch.empty(nodes, width, 1, dtype=torch.bool) if holes else None
-        yield Bucket(_ids(nodes), _ids(nodes, width), _ids(nodes, width), empty)
+def _lists(counts: ChunkCounts, compiled: bool) -> EdgeLists:
+    into, out = ([], []) if compiled else (counts.incoming, counts.outgoing)
+    incoming = tuple(Table(_nodes(nodes), width, full) for nodes, width, full in into)
+    outgoing = tuple(Table(_nodes(nodes), width, full, _narrow(len(nodes), width)) for nodes, width, full in out)
+    destinations = len(counts.destinations)
+    ends = torch.empty(counts.edges, dtype=ends_type(counts.sources, compiled))
+    offsets = None if counts.regular else _narrow(destinations + 1)
+    most = counts.incoming[0][1] if counts.incoming else 0
+    return EdgeLists(counts.sources, destinations, ends, offsets, most, incoming, outgoing, compiled)
+
+
+def _nodes(nodes: Tensor | range) -> Tensor | range:
+    return nodes if isinstance(nodes, range) else _narrow(len(nodes))

@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from trainer.comm import Comm, Counting
 from trainer.fit.gradients import reduce_gradients
 from trainer.fit.optimizer import OptimizerOptions, build_optimizer
-from trainer.graph.edge_lists import Bucket
+from trainer.graph.edge_lists import Block
 from trainer.model import attention
 from trainer.model.forecaster import Forecaster, Roles
 from trainer.model.kernels import cpp as attention_kernel
@@ -205,31 +205,15 @@ def _as_on(job: Job) -> Iterator[None]:
         if job.accelerator != "cpu":
             stack.enter_context(patch.dict(attention.BLOCK, {"cpu": attention.BLOCK_ELSEWHERE}))
         stack.enter_context(patch.object(attention, "_blocks", _few_blocks(attention._blocks)))
-        stack.enter_context(patch.object(attention, "_backward", _backward_of_few(attention._backward)))
         yield
 
 
 def _few_blocks(every: Any) -> Any:
-    def blocks(buckets: Any, rows: Tensor) -> Iterator[Bucket]:
-        for bucket in buckets:
-            yield from islice(every((bucket,), rows), MOST_BLOCKS)
+    def blocks(cut: Any, tables: Any, rows: Tensor) -> Iterator[Block]:
+        for table in tables:
+            yield from islice(every(cut, (table,), rows), MOST_BLOCKS)
 
     return blocks
-
-
-def _backward_of_few(function: Any) -> Any:
-    """What backward keeps of the blocks that are left out: a weight and a slope for each place, in two copies."""
-
-    def backward(query: Tensor, *more: Any) -> Any:
-        offset, lists = more[4], more[7]
-        places = sum(bucket.ends.numel() for bucket in lists.incoming)
-        taken = sum(block.ends.numel() for block in attention._blocks(lists.incoming, query))
-        held = offset.new_empty(4, offset.shape[0], places - taken, offset.shape[2])
-        gradients = function(query, *more)
-        del held
-        return gradients
-
-    return backward
 
 
 def _as_gpus_do(model: nn.Module, optimizer: torch.optim.Optimizer, autocast: bool) -> None:

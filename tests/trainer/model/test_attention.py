@@ -42,6 +42,11 @@ class Case:
     depth: int = 16
     features: int = 3
 
+    def __post_init__(self) -> None:
+        """Edges are given by destination."""
+        order = np.argsort(np.array(self.destination, dtype=np.int64), kind="stable")
+        self.source, self.destination = (np.array(ids)[order].tolist() for ids in (self.source, self.destination))
+
     def lists(self, kernel: str) -> EdgeLists:
         ends = np.array(self.source, dtype=np.int64), np.array(self.destination, dtype=np.int64)
         return EdgeLists.build(*ends, self.sources, self.destinations, kernel=kernel)
@@ -277,11 +282,11 @@ def test_no_tensor_has_all_edges_and_all_channels(kernel: str, monkeypatch: pyte
 def test_many_different_degrees_make_few_tables_that_are_nearly_full() -> None:
     lists = star(100).lists("torch")
     for tables in (lists.incoming, lists.outgoing):
-        places = sum(table.ends.numel() for table in tables)
+        places = sum(len(table) * table.width for table in tables)
         assert len(tables) <= 16
         assert lists.edges <= places <= lists.edges * PADDING / (PADDING - 1)
     regular = Case([0, 1, 2, 1, 2, 0], [0, 0, 1, 1, 2, 2], 3, 3).lists("torch")
-    assert [table.empty for table in (*regular.incoming, *regular.outgoing)] == [None, None]
+    assert [table.full for table in (*regular.incoming, *regular.outgoing)] == [True, True]
 
 
 # ----------------------------------------------------------------------------------------------------- the compiled one
@@ -308,7 +313,7 @@ def test_without_a_compiler_attention_is_torch_and_one_line_says_why(
     monkeypatch.setenv("CXX", "no-such-compiler")
     case = star(3)
     with caplog.at_level(logging.INFO):
-        assert [case.lists("auto").rows for _ in range(3)] == [None] * 3
+        assert [case.lists("auto").compiled for _ in range(3)] == [False] * 3
     (line,) = caplog.messages
     assert "there is no C++ compiler 'no-such-compiler'" in line
     with pytest.raises(PlanError, match=r"no C\+\+ compiler 'no-such-compiler'.* Use kernel auto or torch"):
@@ -330,7 +335,7 @@ def test_a_compiler_that_fails_is_quoted_and_leaves_nothing_behind(
 def test_a_cache_that_cannot_be_written_is_no_reason_to_fail(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(fresh / "file"))
     (fresh / "file").touch()
-    assert star(3).lists("auto").rows is None
+    assert not star(3).lists("auto").compiled
 
 
 def test_ranks_that_compile_at_once_all_get_the_library_and_later_ones_find_it(
@@ -401,6 +406,8 @@ def test_what_does_not_fit_is_refused_with_a_remedy() -> None:
         attend(*tensors[:4], tensors[4].requires_grad_(), lists)
     with pytest.raises(PlanError, match=r"destinations 0 to 3, but there are 2\. Give local ids"):
         EdgeLists.build(np.array([0, 0]), np.array([0, 3]), 1, 2)
+    with pytest.raises(PlanError, match=r"not in the order of their destinations\. Sort them, and their features"):
+        EdgeLists.build(np.array([0, 0]), np.array([1, 0]), 1, 2)
     with pytest.raises(PlanError, match=r"sources \(2,\) and destinations \(1,\)"):
         EdgeLists.build(np.array([0, 0]), np.array([0]), 1, 2)
     with pytest.raises(PlanError, match=r"'cuda' is unknown\. Use one of: auto, torch, cpp"):

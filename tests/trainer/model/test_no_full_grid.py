@@ -59,17 +59,17 @@ def watched_step(rank: int, comm: Any, case: Case, path: str, lie: str = "") -> 
 
 
 def _tables(setup: Setup) -> dict[int, str]:
-    """Tables of edges, in which an eighth of the places may be empty."""
+    """Lists of edges, and tables of them, in which an eighth of the places may be empty."""
     graph, sizes = setup.forecaster.network.graph, {}
     for links in (graph.encoder, graph.processor, graph.decoder):
         for chunk in links.chunks:
             lists: EdgeLists = chunk.lists
-            for buckets in (lists.incoming, lists.outgoing):
-                places = [table.ends.numel() for table in buckets]
-                assert sum(places) <= lists.edges * 1.3
-                sizes |= dict.fromkeys([*places, sum(places), sum(places) + 1, lists.edges + 1], "places in a table")
-                sizes |= {len(table.nodes): "nodes with equally many edges" for table in buckets}
-            sizes |= {count + 1: "offsets" for count in (lists.sources, lists.destinations)}
+            assert not lists.compiled or not (lists.incoming or lists.outgoing)
+            sizes |= {lists.destinations + 1: "offsets", lists.edges + 1: "places for p, one of them for empty places"}
+            for tables in (lists.for_torch().incoming, lists.for_torch().outgoing):
+                assert sum(len(table) * table.width for table in tables) <= lists.edges * 1.3
+                sizes |= {len(table) * table.width: "places in a table" for table in tables}
+                sizes |= {len(table): "nodes with equally many edges" for table in tables}
     return sizes
 
 

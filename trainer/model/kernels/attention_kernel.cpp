@@ -1,7 +1,8 @@
 // Softmax attention along edges on the CPU: what attention.py computes by gathering, one node at a time.
 //
-// A thread has a node and all its heads, and writes that node's results alone: no atomic operation, and sums whose
-// order does not depend on the number of threads. What is [heads, depth] in memory is walked through depth by depth;
+// A thread has a destination and all its heads, and writes that node's results alone; then it has a range of sources, and
+// goes through all edges for those that start there: no atomic operation, no list of edges by source, and sums in the
+// order of the edges, whatever the number of threads. What is [heads, depth] in memory is walked through depth by depth;
 // what is [features, heads] is kept so that the loop over heads is the inner one. attention_kernel.py compiles and
 // calls the two functions at the end. bfloat16 is widened when loaded, summed in float.
 
@@ -16,6 +17,7 @@
 namespace {
 
 using Index = int64_t;
+constexpr Index PIECES = 8;  // into which a thread's sources are cut where results are narrower than sums
 
 struct BFloat16 {
     uint16_t bits;
@@ -46,8 +48,9 @@ struct Sizes {
     Index batch, destinations, sources, heads, depth, features, edges, most, threads;  // most: edges of one node
 };
 
-struct Lists {  // edges of node i: offsets[i] to offsets[i + 1]
-    const Index *offsets, *ends, *edges;
+struct Lists {  // edges of destination i: offsets[i] to offsets[i + 1], or `most` for each; ends: where they start
+    const int32_t *offsets, *ends;
+    Index first(Index node, Index most) const { return offsets ? Index(offsets[node]) : node * most; }
 };
 
 // DEPTH 0 stands for any; a depth known beforehand makes loops of vectors only.
@@ -151,8 +154,8 @@ struct Forward {
             std::vector<A> table(n.most * n.heads);
 #pragma omp for schedule(dynamic, 64)
             for (Index node = 0; node < nodes; ++node) {
-                const Index first = in.offsets[node % n.destinations];
-                const Index count = in.offsets[node % n.destinations + 1] - first;
+                const Index first = in.first(node % n.destinations, n.most);
+                const Index count = in.first(node % n.destinations + 1, n.most) - first;
                 const Index other = node / n.destinations * n.sources;
                 A* p = table.data();
                 widen(wide.data(), query + node * row, row, scale);
@@ -164,7 +167,7 @@ struct Forward {
                 for (Index e = 0; e < count; ++e) {
                     const T* there = key + (other + in.ends[first + e]) * row;
                     logits<DEPTH>(p + e * n.heads, wide.data(), there, slant.data(),
-                                  features + in.edges[first + e] * n.features, n);
+                                  features + (first + e) * n.features, n);
                     for (Index h = 0; h < n.heads; ++h) top[h] = std::max(top[h], p[e * n.heads + h]);
                 }
                 for (Index e = 0; e < count; ++e)
@@ -174,7 +177,7 @@ struct Forward {
                     const A* weight = p + e * n.heads;
                     for (Index h = 0; h < n.heads; ++h) total[h] += weight[h];
                     add<DEPTH>(sum.data(), weight, value + (other + in.ends[first + e]) * row, n);
-                    add_tilt(lean.data(), weight, features + in.edges[first + e] * n.features, n);
+                    add_tilt(lean.data(), weight, features + (first + e) * n.features, n);
                 }
                 for (Index h = 0; h < n.heads; ++h) {
                     offset[node * n.heads + h] = count ? top[h] + std::log(total[h]) : A(0);
@@ -193,7 +196,7 @@ template <class T>
 struct Backward {
     using A = Sum<T>;
     Sizes n;
-    Lists in, back;
+    Lists in;
     const T *query, *key, *value, *tilt;
     const A *features, *offset;
     const T *out, *carried;
@@ -215,8 +218,8 @@ struct Backward {
             std::vector<A> wide(row), slant(tilts), up(row), up_tilt(tilts), sum(row), lean(tilts), mean(n.heads);
 #pragma omp for schedule(dynamic, 64)
             for (Index node = 0; node < nodes; ++node) {
-                const Index first = in.offsets[node % n.destinations];
-                const Index count = in.offsets[node % n.destinations + 1] - first;
+                const Index first = in.first(node % n.destinations, n.most);
+                const Index count = in.first(node % n.destinations + 1, n.most) - first;
                 const Index batch = node / n.destinations, other = batch * n.sources;
                 A* p = weights + (batch * n.edges + first) * n.heads;
                 A* slope = slopes + (batch * n.edges + first) * n.heads;
@@ -230,7 +233,7 @@ struct Backward {
                 std::fill(mean.begin(), mean.end(), A(0));
                 for (Index e = 0; e < count; ++e) {
                     const Index there = (other + in.ends[first + e]) * row;
-                    const A* feature = features + in.edges[first + e] * n.features;
+                    const A* feature = features + (first + e) * n.features;
                     logits<DEPTH>(p + e * n.heads, wide.data(), key + there, slant.data(), feature, n);
                     logits<DEPTH>(slope + e * n.heads, up.data(), value + there, up_tilt.data(), feature, n);
                     for (Index h = 0; h < n.heads; ++h) p[e * n.heads + h] -= shift[h];
@@ -242,7 +245,7 @@ struct Backward {
                     A* steep = slope + e * n.heads;
                     for (Index h = 0; h < n.heads; ++h) steep[h] = p[e * n.heads + h] * (steep[h] - mean[h]) * scale;
                     add<DEPTH>(sum.data(), steep, key + (other + in.ends[first + e]) * row, n);
-                    add_tilt(lean.data(), steep, features + in.edges[first + e] * n.features, n);
+                    add_tilt(lean.data(), steep, features + (first + e) * n.features, n);
                 }
                 narrow(d_query + node * row, sum.data(), row);
                 narrow_tilt(d_tilt + node * tilts, lean.data(), n);
@@ -250,25 +253,38 @@ struct Backward {
         }
     }
 
+    // Sums are taken where the results are, or, of narrow types, in memory of the thread's own, piece by piece.
     template <int DEPTH>
     void sources() const {
-        const Index row = n.heads * n.depth, nodes = n.batch * n.sources;
-#pragma omp parallel num_threads(int(n.threads))
-        {
-            std::vector<A> of_key(row), of_value(row);
-#pragma omp for schedule(dynamic, 64)
-            for (Index node = 0; node < nodes; ++node) {
-                const Index batch = node / n.sources;
-                std::fill(of_key.begin(), of_key.end(), A(0));
-                std::fill(of_value.begin(), of_value.end(), A(0));
-                for (Index e = back.offsets[node % n.sources]; e < back.offsets[node % n.sources + 1]; ++e) {
-                    const Index there = (batch * n.destinations + back.ends[e]) * row;
-                    const Index edge = (batch * n.edges + back.edges[e]) * n.heads;
-                    add<DEPTH>(of_key.data(), slopes + edge, query + there, n);
-                    add<DEPTH>(of_value.data(), weights + edge, out + there, n);
+        constexpr bool narrows = !std::is_same_v<A, T>;
+        const Index row = n.heads * n.depth, pieces = std::min(n.sources, narrows ? n.threads * PIECES : n.threads);
+#pragma omp parallel for schedule(dynamic, 1) num_threads(int(n.threads))
+        for (Index piece = 0; piece < pieces * n.batch; ++piece) {
+            const Index batch = piece / pieces, part = piece % pieces;
+            const Index begin = n.sources * part / pieces, end = n.sources * (part + 1) / pieces;
+            const Index size = (end - begin) * row, place = (batch * n.sources + begin) * row;
+            std::vector<A> room(narrows ? 2 * size : 0);
+            A *of_key, *of_value;
+            if constexpr (narrows) {
+                of_key = room.data(), of_value = room.data() + size;
+            } else {
+                of_key = d_key + place, of_value = d_value + place;
+                std::fill(of_key, of_key + size, A(0));
+                std::fill(of_value, of_value + size, A(0));
+            }
+            for (Index node = 0; node < n.destinations; ++node) {
+                const Index last = in.first(node + 1, n.most), there = (batch * n.destinations + node) * row;
+                for (Index e = in.first(node, n.most); e < last; ++e) {
+                    const Index source = in.ends[e];
+                    if (source < begin || source >= end) continue;
+                    const Index edge = (batch * n.edges + e) * n.heads, to = (source - begin) * row;
+                    add<DEPTH>(of_key + to, slopes + edge, query + there, n);
+                    add<DEPTH>(of_value + to, weights + edge, out + there, n);
                 }
-                narrow(d_key + node * row, of_key.data(), row);
-                narrow(d_value + node * row, of_value.data(), row);
+            }
+            if constexpr (narrows) {
+                narrow(d_key + place, of_key, size);
+                narrow(d_value + place, of_value, size);
             }
         }
     }
@@ -296,12 +312,12 @@ struct Arrays {  // hands out one pointer after the other, of whatever type is w
 // Braced lists are read from left to right: the order of the members is that of attention_kernel.py.
 template <class T>
 void forward(const Sizes& n, Arrays a) {
-    run(Forward<T>{n, {a, a, a}, a, a, a, a, a, a, a, a});
+    run(Forward<T>{n, {a, a}, a, a, a, a, a, a, a, a});
 }
 
 template <class T>
 void backward(const Sizes& n, Arrays a) {
-    run(Backward<T>{n, {a, a, a}, {a, a, a}, a, a, a, a, a, a, a, a, a, a, a, a, a, a});
+    run(Backward<T>{n, {a, a}, a, a, a, a, a, a, a, a, a, a, a, a, a, a});
 }
 
 }  // namespace

@@ -15,8 +15,7 @@ import shutil
 import stat
 import subprocess
 import tempfile
-from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -29,29 +28,6 @@ FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
 NATIVE = "-march=native"
 TIME_TO_COMPILE = 300  # seconds
 TYPES = (torch.bfloat16, torch.float32, torch.float64)
-
-
-@dataclass(frozen=True, eq=False)
-class Rows:
-    """Edges by node: those of node i are offsets[i] to offsets[i + 1] of ends (their other ends) and edges (ids).
-
-    Attributes:
-      offsets: int64 [nodes + 1].
-      ends, edges: int64 [edges].
-    """
-
-    offsets: Tensor
-    ends: Tensor
-    edges: Tensor
-
-    @cached_property
-    def most(self) -> int:
-        """Edges of the node that has most."""
-        return int(self.offsets.diff().max()) if len(self.offsets) > 1 else 0
-
-    @property
-    def arrays(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.offsets, self.ends, self.edges
 
 
 @cache
@@ -125,19 +101,26 @@ def _open(path: Path) -> ctypes.CDLL:
 
 
 def forward(
-    query: Tensor, key: Tensor, value: Tensor, tilt: Tensor, features: Tensor, incoming: Rows
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    tilt: Tensor,
+    features: Tensor,
+    ends: Tensor,
+    offsets: Tensor | None,
+    most: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The two sums, and log sum exp(logit) [batch, destinations, heads]. All tensors are contiguous.
 
     Args:
       query, key, value, tilt: of one of TYPES.
       features: [edges, features] in the type of sums, as the result log sum exp is.
-      incoming: edges by destination.
+      ends, offsets, most: of EdgeLists, int32.
     """
     out, carried = torch.empty_like(query), torch.empty_like(tilt)
     offset = features.new_empty(query.shape[:3])
-    arrays = (*incoming.arrays, query, key, value, tilt, features, out, carried, offset)
-    _call("attend_forward", query, key, features, incoming, arrays)
+    arrays = (offsets, ends, query, key, value, tilt, features, out, carried, offset)
+    _call("attend_forward", query, key, features, most, arrays)
     return out, carried, offset
 
 
@@ -150,26 +133,29 @@ def backward(
     offset: Tensor,
     out: Tensor,
     carried: Tensor,
-    incoming: Rows,
-    outgoing: Rows,
+    ends: Tensor,
+    offsets: Tensor | None,
+    most: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value, tilt, given those of the two sums; edges of outgoing count as incoming lists."""
+    """Gradients of query, key, value, tilt, given those of the two sums; the edges as for `forward`."""
     gradients = tuple(torch.empty_like(tensor) for tensor in (query, key, value, tilt))
     batch, _, heads, _ = query.shape
     weights, slopes = features.new_empty(2, batch, len(features), heads)
     inputs = (query, key, value, tilt, features, offset, out, carried)
-    arrays = (*incoming.arrays, *outgoing.arrays, *inputs, *gradients, weights, slopes)
-    _call("attend_backward", query, key, features, incoming, arrays)
+    arrays = (offsets, ends, *inputs, *gradients, weights, slopes)
+    _call("attend_backward", query, key, features, most, arrays)
     return gradients[0], gradients[1], gradients[2], gradients[3]
 
 
-def _call(name: str, query: Tensor, key: Tensor, features: Tensor, incoming: Rows, arrays: tuple[Tensor, ...]) -> None:
+def _call(
+    name: str, query: Tensor, key: Tensor, features: Tensor, most: int, arrays: tuple[Tensor | None, ...]
+) -> None:
     library, why = load()
     if library is None:
         raise RuntimeError(f"the lists ask for a compiled kernel that this process cannot have: {why}")
     batch, destinations, heads, depth = query.shape
     edges, width = features.shape
-    sizes = (batch, destinations, key.shape[1], heads, depth, width, edges, incoming.most, torch.get_num_threads())
-    pointers = [tensor.data_ptr() for tensor in arrays]
+    sizes = (batch, destinations, key.shape[1], heads, depth, width, edges, most, torch.get_num_threads())
+    pointers = [0 if tensor is None else tensor.data_ptr() for tensor in arrays]
     function = getattr(library, name)
     function(query.element_size(), (ctypes.c_int64 * len(sizes))(*sizes), (ctypes.c_void_p * len(pointers))(*pointers))
