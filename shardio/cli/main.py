@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-import time
 import warnings
 from functools import partial
 from typing import Any
@@ -102,7 +101,7 @@ def rechunk(source: str, destination: str, **options: Any) -> None:
     """Cut every date of SOURCE into grid-chunks, and write DESTINATION (a path that ends in .zarr).
 
     SOURCE is an anemoi dataset (Zarr v2 or v3), a NetCDF or GRIB file, a CF Zarr, or a quoted pattern of files.
-    Run the same command again to continue after an interruption.
+    Run the same command again to continue after an interruption; once all is done it writes nothing.
 
     \b
     shardio rechunk era5.zarr era5-16.zarr --grid-chunks 16
@@ -111,6 +110,7 @@ def rechunk(source: str, destination: str, **options: Any) -> None:
     shardio rechunk "era5-*.nc" era5.zarr -n 16 --codec zstd
     shardio rechunk era5.zarr era5-16.zarr -n 16 --scheduler tcp://10.0.0.1:8786
     """
+    from shardio.cli.making import make
     from shardio.rechunk.request import Request
     from shardio.source.source import Selection
 
@@ -133,7 +133,7 @@ def rechunk(source: str, destination: str, **options: Any) -> None:
         order=options["order"],
         command=shlex.join(["shardio", *sys.argv[1:]]),
     )
-    _make(request, options["dry_run"], options["as_json"])
+    make(request, options["dry_run"], options["as_json"])
 
 
 @main.command()
@@ -157,6 +157,7 @@ def synth(destination: str, **options: Any) -> None:
     shardio synth waves.zarr --grid o96 --dates 40
     shardio synth big.zarr --grid o1280 --dates 4 --grid-chunks 16
     """
+    from shardio.cli.making import make
     from shardio.rechunk.request import Request
     from shardio.source.synthetic_source import SyntheticSource
 
@@ -174,7 +175,7 @@ def synth(destination: str, **options: Any) -> None:
         command=shlex.join(["shardio", *sys.argv[1:]]),
         opener=opener,
     )
-    _make(request, dry_run=False, as_json=options["as_json"])
+    make(request, dry_run=False, as_json=options["as_json"])
 
 
 @main.command()
@@ -270,43 +271,6 @@ def plot(path: str, variable: str, date: str | None, output: str) -> None:
 
     draw(path, variable, date, output)
     click.echo(f"drew {output}")
-
-
-def _make(request: Any, dry_run: bool, as_json: bool) -> None:
-    """Prepare, show the plan, run with progress, end with one fact."""
-    from shardio.cli.progress import display
-    from shardio.cli.report import plan_as_json, plan_as_text
-    from shardio.rechunk.cluster import SECONDS_TO_CONNECT
-    from shardio.rechunk.execute import Progress, run
-    from shardio.rechunk.request import prepare
-    from shardio.units import duration, size
-
-    prepared = prepare(request)
-    if dry_run and as_json:
-        click.echo(json.dumps(plan_as_json(prepared), indent=1))
-        return
-    click.echo(plan_as_text(prepared), err=not dry_run)
-    if dry_run:
-        return
-    began = time.monotonic()
-    if request.scheduler:
-        click.echo(f"waiting for the dask scheduler at {request.scheduler}, {SECONDS_TO_CONNECT} s at most", err=True)
-    with display("rechunk", len(prepared.source.dates)) as bar:
-
-        def report(progress: Progress) -> None:
-            bar.update(progress.dates, progress.nbytes)
-
-        result = run(prepared, report)
-    seconds = time.monotonic() - began
-    if as_json:
-        click.echo(json.dumps({**vars(result), "seconds": seconds}))
-        return
-    resumed = f" ({result.resumed_dates} dates were there already)" if result.resumed_dates else ""
-    rate = result.nbytes / max(seconds, 1e-9) / 2**30
-    click.echo(
-        f"wrote {result.dates} dates x {result.grid_chunks} chunks, {size(result.nbytes)} "
-        f"in {duration(seconds)} ({rate:.2f} GiB/s){resumed}"
-    )
 
 
 def _dates_of(path: str) -> int:

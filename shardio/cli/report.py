@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from shardio.rechunk.execute import Result
 from shardio.rechunk.request import Prepared
 from shardio.source.order import order_of
-from shardio.units import size
+from shardio.units import duration, size
 
 Json = dict[str, Any]
 
@@ -33,11 +34,14 @@ def plan_as_json(prepared: Prepared) -> Json:
         "threads": plan.threads,
         "tasks_in_flight": plan.in_flight,
         "reason": plan.reason,
+        "already_complete": prepared.is_complete,
     }
 
 
 def plan_as_text(prepared: Prepared) -> str:
     """The plan, for a person."""
+    if prepared.is_complete:
+        return f"plan: nothing to do, {prepared.request.destination} is complete"
     plan, layout = prepared.plan, prepared.layout
     dates, variables, ensemble, cells = layout.shape
     memory = f"memory at most {size(plan.peak_memory)}"
@@ -62,6 +66,21 @@ def plan_as_text(prepared: Prepared) -> str:
     if plan.reason:
         lines.append(f"  amplified because {plan.reason}")
     return "\n".join(lines)
+
+
+def fact(result: Result, seconds: float) -> str:
+    """What a run ends with."""
+    if result.already_complete:
+        return (
+            f"{result.destination} is already complete: {counted(result.resumed_dates, 'date')} x "
+            f"{counted(result.grid_chunks, 'chunk')}; nothing was written"
+        )
+    resumed = f" ({result.resumed_dates} dates were there already)" if result.resumed_dates else ""
+    rate = result.nbytes / max(seconds, 1e-9) / 2**30
+    return (
+        f"wrote {result.dates} dates x {result.grid_chunks} chunks, {size(result.nbytes)} "
+        f"in {duration(seconds)} ({rate:.2f} GiB/s){resumed}"
+    )
 
 
 def counted(count: int, what: str) -> str:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from shardio.errors import OutputError, ShardioError
+from shardio.format.store import LocalStore
 from shardio.rechunk.blocks import execute_here
 from shardio.rechunk.plan import Task
 from shardio.rechunk.request import Prepared, Request
@@ -36,7 +37,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Result:
-    """What a run did: `dates` written now, the rest was there before."""
+    """What a run did: `dates` written now, the rest was there before; all of it where it was complete already."""
 
     destination: str
     dates: int
@@ -44,11 +45,15 @@ class Result:
     grid_chunks: int
     nbytes: int
     stored_bytes: int
+    already_complete: bool = False
 
 
 def run(prepared: Prepared, report: Callable[[Progress], None] = lambda _: None) -> Result:
     """Write what is not yet written, then publish; interrupted at any point, call it again."""
     request, layout = prepared.request, prepared.layout
+    if prepared.is_complete:
+        stored = sum(LocalStore(request.destination).sizes("data").values())
+        return Result(request.destination, 0, layout.shape[0], layout.grid[3], 0, stored, already_complete=True)
     destination = Path(request.destination)
     with _explained(destination):
         job = Job(destination, prepared.identity, request.command, request.sync, request.overwrite)
@@ -70,7 +75,7 @@ def run(prepared: Prepared, report: Callable[[Progress], None] = lambda _: None)
                 if request.sync:
                     sync_folder(job.dataset / "data")
             _check_unchanged(prepared)
-            about, small = _about(prepared), coordinates.result()
+            about, small = prepared.about, coordinates.result()
             output.finish_dataset(
                 job.dataset, prepared.source, layout, written.crc, about, written.moments, coordinates=small
             )
@@ -104,19 +109,6 @@ def _check_unchanged(prepared: Prepared) -> None:
 
 def _done(task: Task, written: Written) -> bool:
     return bool(written.done[task.start : task.stop].all())
-
-
-def _about(prepared: Prepared) -> Json:
-    layout = prepared.layout
-    return {
-        "format_version": output.FORMAT_VERSION,
-        "grid_chunks": layout.grid[3],
-        "chunk_cells": layout.chunks[3],
-        "codec": str(layout.codec),
-        "source": prepared.request.source,
-        "source_fingerprint": prepared.fingerprint,
-        "selection": asdict(prepared.request.selection),
-    }
 
 
 class _explained:  # noqa: N801, used as a function

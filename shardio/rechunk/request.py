@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from glob import glob
 from pathlib import Path
 from typing import Any
 
-from shardio.errors import OutputError
+from shardio.errors import DatasetError, OutputError
 from shardio.format.codec import named
-from shardio.format.layout import ArrayLayout, grid_chunked
+from shardio.format.layout import ArrayLayout, grid_chunked, parse
+from shardio.format.metadata import array_metadata, group_attributes
+from shardio.format.store import LocalStore
 from shardio.rechunk.allocator import keep_freed_memory
 from shardio.rechunk.plan import Plan, make_plan
 from shardio.source.open import open_source
 from shardio.source.order import order_of, ordered
 from shardio.source.source import Selection, Source
-from shardio.write.job import partial_of, sweep_published
+from shardio.write.job import list_differences, partial_of, sweep_published
+from shardio.write.output import FORMAT_VERSION
 
 Json = dict[str, Any]
 
@@ -56,13 +60,18 @@ class Request:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A checked request: nothing is written yet."""
+    """A checked request: nothing is written yet.
+
+    Attributes:
+      is_complete: the destination is that very dataset already, and nothing is left to do.
+    """
 
     request: Request
     source: Source
     fingerprint: str
     layout: ArrayLayout
     plan: Plan
+    is_complete: bool = False
 
     @property
     def identity(self) -> Json:
@@ -83,16 +92,38 @@ class Prepared:
             "variables": list(self.source.variables),
         }
 
+    @property
+    def about(self) -> Json:
+        """What the attribute `shardio` of the dataset says of how it was made."""
+        about: Json = {
+            "format_version": FORMAT_VERSION,
+            "grid_chunks": self.layout.grid[3],
+            "chunk_cells": self.layout.chunks[3],
+            "codec": str(self.layout.codec),
+            "source": self.request.source,
+            "source_fingerprint": self.fingerprint,
+            "selection": asdict(self.request.selection),
+        }
+        return about | ({"missing_chunks_filled": True} if self.request.fill_absent else {})
+
 
 def prepare(request: Request) -> Prepared:
     """Check everything that can be checked before the first byte is written, and make the plan."""
     _check_destination(request)
+    destination = Path(request.destination)
+    exists = os.path.lexists(destination) and not request.overwrite
+    if exists:
+        sweep_published(destination)
+        _read_published(destination)  # what cannot be this dataset is refused before the source is opened
     codec = named(request.codec)
     source = request.open_source()
     shape = (len(source.dates), len(source.variables), source.extent.shape[2], source.extent.shape[3])
     layout = grid_chunked(shape, request.grid_chunks, request.zarr_format or source.zarr_format, codec)
     plan = make_plan(source.extent, layout, request.max_memory, request.workers or 1)
-    return Prepared(request, source, source.fingerprint(), layout, plan)
+    prepared = Prepared(request, source, source.fingerprint(), layout, plan, is_complete=exists)
+    if exists:
+        _check_same(prepared)
+    return prepared
 
 
 def _check_destination(request: Request) -> None:
@@ -108,9 +139,6 @@ def _check_destination(request: Request) -> None:
     if request.source and not request.opener and "://" not in request.source:
         for path in glob(request.source) or [request.source]:
             _check_apart(Path(path), destination)
-    if os.path.lexists(destination) and not request.overwrite:
-        sweep_published(destination)
-        raise OutputError(f"{destination} exists. Use --overwrite to replace it, or choose another destination.")
 
 
 def _check_apart(source: Path, destination: Path) -> None:
@@ -122,3 +150,31 @@ def _check_apart(source: Path, destination: Path) -> None:
         raise OutputError(f"{destination} lies inside its source {source}. Choose a destination outside.")
     if {there, partial_of(there)} & {here, *here.parents}:
         raise OutputError(f"the source {source} lies inside the destination {destination}. Choose another destination.")
+
+
+def _read_published(destination: Path) -> tuple[ArrayLayout, Json]:
+    """Layout of `data` and the attribute `shardio` of a complete dataset; OutputError where it is none."""
+    store = LocalStore(destination)
+    try:
+        layout = parse(array_metadata(store, "data") or {}, f"{destination}/data")
+        about = group_attributes(store).get("shardio")
+    except (DatasetError, OSError):
+        about = None
+    if not isinstance(about, dict) or not about.pop("complete", False):
+        raise _exists(destination)
+    about.pop("arrays", None)
+    return layout, about
+
+
+def _check_same(prepared: Prepared) -> None:
+    """OutputError where what is there is not what the request would make."""
+    destination = Path(prepared.request.destination)
+    layout, about = _read_published(destination)
+    before = {**about, "zarr_format": layout.zarr_format}
+    now = {**json.loads(json.dumps(prepared.about)), "zarr_format": prepared.layout.zarr_format}
+    if before != now or layout != prepared.layout:
+        raise _exists(destination, f" It is not what is asked for: {list_differences(before, now) or layout}.")
+
+
+def _exists(destination: Path, why: str = "") -> OutputError:
+    return OutputError(f"{destination} exists. Use --overwrite to replace it, or choose another destination.{why}")

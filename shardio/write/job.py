@@ -236,16 +236,17 @@ def _lock(folder: Path) -> int:
 
 
 def _difference(destination: Path, begun: Json, identity: Json) -> str:
-    before = begun["identity"]
-    changed = [
-        f"{key} was {before.get(key)!r}, now {identity.get(key)!r}"
-        for key in {**before, **identity}
-        if before.get(key) != identity.get(key)
-    ]
     return (
-        f"{partial_of(destination)} is the unfinished output of another run: {'; '.join(changed)}. "
+        f"{partial_of(destination)} is the unfinished output of another run: "
+        f"{list_differences(begun['identity'], identity)}. "
         f"Finish that one with: {begun['command']}   or discard it with --overwrite."
     )
+
+
+def list_differences(before: Json, now: Json) -> str:
+    """`codec was 'lz4', now 'zstd'; ...`: what is not equal; empty where all is."""
+    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    return "; ".join(f"{name} was {before.get(name)!r}, now {now.get(name)!r}" for name in names)
 
 
 def _sizes_match(record: WrittenDate, folder: Path, layout: ArrayLayout) -> bool:
