@@ -23,9 +23,9 @@ def parse_start(text: str) -> np.datetime64:
 def parse_end(text: str) -> np.datetime64:
     """The last second of a year, month or day; the instant itself where a time is given."""
     value: Any = _parse(text)
-    unit = np.datetime_data(value.dtype)[0]
+    unit: Any = np.datetime_data(value.dtype)[0]
     if unit in ("Y", "M", "D"):
-        last: np.datetime64 = (value + 1).astype("datetime64[s]") - 1
+        last: np.datetime64 = (value + np.timedelta64(1, unit)).astype("datetime64[s]") - np.timedelta64(1, "s")
         return last
     return np.datetime64(value, "s")
 

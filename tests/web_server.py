@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import threading
+import zlib
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -35,19 +36,21 @@ class Handler(SimpleHTTPRequestHandler):
             self.send_error(404)
             return
         content = path.read_bytes()
+        tag = zlib.crc32(content)
         wanted = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", ""))
         if wanted is None:
-            self._answer(200, content)
+            self._answer(200, content, tag)
             return
         first, last = wanted[1], wanted[2]
         start = int(first) if first else max(0, len(content) - int(last))
         end = min(int(last) + 1, len(content)) if first and last else len(content)
-        self._answer(206, content[start:end], f"bytes {start}-{end - 1}/{len(content)}")
+        self._answer(206, content[start:end], tag, f"bytes {start}-{end - 1}/{len(content)}")
 
-    def _answer(self, status: int, body: bytes, content_range: str | None = None) -> None:
+    def _answer(self, status: int, body: bytes, tag: int, content_range: str | None = None) -> None:
         self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
         self.send_header("Accept-Ranges", "bytes")
+        self.send_header("ETag", f'"{tag:08x}"')
         if content_range:
             self.send_header("Content-Range", content_range)
         self.end_headers()

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from shardio.dates import frequency
+from shardio.format.layout import ArrayLayout
 from shardio.load.partition import partition
-from shardio.source.anemoi import AnemoiSource
 from shardio.source.open import open_source
 from shardio.source.order import border_cells, order_of
 from shardio.source.source import STATISTICS, Source, units_of
@@ -29,7 +30,11 @@ def describe(path: str, ranks: int | None = None) -> Json:
     """Layout, dates, variables, statistics, stored bytes; with `ranks`, what each of so many ranks would read."""
     if "://" not in path:
         refuse_unfinished(Path(path))
-    source = open_source(path)
+    with closing(open_source(path)) as source:
+        return _describe(path, source, ranks)
+
+
+def _describe(path: str, source: Source, ranks: int | None) -> Json:
     about: Json = {
         "path": path,
         "shape": dict(zip(("dates", "variables", "ensemble", "cells"), _shape(source), strict=True)),
@@ -46,10 +51,10 @@ def describe(path: str, ranks: int | None = None) -> Json:
             if source.statistics
         },
     }
-    if isinstance(source, AnemoiSource):
-        about |= {"order": order_of(source), **_stored(source)}
+    if source.layout is not None:
+        about |= {"order": order_of(source), **_stored(source, source.layout)}
         if ranks is not None:
-            about["ranks"] = _read_by(source, ranks)
+            about["ranks"] = _read_by(source, source.layout, ranks)
     return about
 
 
@@ -62,8 +67,7 @@ def _shape(source: Source) -> tuple[int, ...]:
     return (len(source.dates), len(source.variables), *source.extent.shape[2:])
 
 
-def _stored(source: AnemoiSource) -> Json:
-    layout = source.layout
+def _stored(source: Source, layout: ArrayLayout) -> Json:
     files = source.stored_files()
     decoded = int(np.prod(layout.shape)) * np.dtype(layout.dtype).itemsize
     stored = sum(files.values())
@@ -87,8 +91,7 @@ def _stored(source: AnemoiSource) -> Json:
     }
 
 
-def _read_by(source: AnemoiSource, ranks: int) -> Json:
-    layout = source.layout
+def _read_by(source: Source, layout: ArrayLayout, ranks: int) -> Json:
     cut = partition(layout.shape[3], ranks, layout.chunks[3])
     bytes_per_cell = layout.shape[1] * layout.shape[2] * np.dtype(layout.dtype).itemsize
     return {
@@ -161,12 +164,12 @@ def print_description(about: Json) -> None:
         _print_ranks(about["ranks"], about["order"], console)
 
 
-def _resolution(said: Any) -> str:
+def _resolution(stored: Any) -> str:
     """With its unit, where it is a number: the convention is degrees."""
     try:
-        return f"{float(said):g} degrees"
+        return f"{float(stored):g} degrees"
     except (TypeError, ValueError):
-        return "unknown" if said is None else str(said)
+        return "unknown" if stored is None else str(stored)
 
 
 def _variables(about: Json) -> Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,6 @@ from numpy.typing import NDArray
 
 from shardio.dates import parse_start
 from shardio.errors import SelectionError
-from shardio.source.anemoi import AnemoiSource
 from shardio.source.open import open_source
 from shardio.source.source import Selection, units_of
 from shardio.write.job import refuse_unfinished
@@ -20,23 +20,26 @@ NO_CELLS = 60.0  # degrees of longitude without a cell: more than that, and the 
 
 
 def draw(path: str, variable: str, date: str | None, output: str) -> None:
-    """Write a PNG: left the field, right the grid-chunk of every cell."""
+    """Write a PNG: left the field, right the grid-chunk of every cell.
+
+    Raises: SelectionError where the date or the variable is not there.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     refuse_unfinished(Path(path))
-    source = open_source(path, Selection(select=(variable,)))
-    at = 0 if date is None else int(np.searchsorted(source.dates, parse_start(date)))
-    if at == len(source.dates) or (date is not None and source.dates[at] != parse_start(date)):
-        raise SelectionError(f"{path} has no date {date}. It holds {source.dates[0]} to {source.dates[-1]}.")
-    cells = len(source.latitudes)
-    fields = np.empty((1, 1, source.extent.shape[2], cells), np.float32)
-    source.read(slice(at, at + 1), slice(0, cells), fields)
+    with closing(open_source(path, Selection(select=(variable,)))) as source:
+        at = 0 if date is None else int(np.searchsorted(source.dates, parse_start(date)))
+        if at == len(source.dates) or (date is not None and source.dates[at] != parse_start(date)):
+            raise SelectionError(f"{path} has no date {date}. It holds {source.dates[0]} to {source.dates[-1]}.")
+        cells = len(source.latitudes)
+        fields = np.empty((1, 1, source.extent.shape[2], cells), np.float32)
+        source.read(slice(at, at + 1), slice(0, cells), fields)
     shown = slice(0, cells, max(1, cells // MOST_POINTS))
     latitudes, longitudes = source.latitudes[shown], unbroken(source.longitudes[shown])
-    chunk_cells = source.layout.chunks[3] if isinstance(source, AnemoiSource) else cells
+    chunk_cells = cells if source.layout is None else source.layout.chunks[3]
     chunks = np.arange(cells)[shown] // chunk_cells
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 3.6), layout="constrained", sharey=True)
     area = max(3.0, PANEL / len(latitudes))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,10 @@ class Stored:
 
 
 def check(path: str, report: Report = lambda done, of: None) -> list[Fault]:
-    """Compare the stored bytes of every chunk with their recorded crc32c; needs no source."""
+    """Compare the stored bytes of every chunk with their recorded crc32c; needs no source.
+
+    Raises: DatasetError where shardio did not make it.
+    """
     stored = Stored(path)
     faults = _small_arrays(stored)
     dates = range(stored.layout.shape[0])
@@ -80,14 +84,16 @@ def check(path: str, report: Report = lambda done, of: None) -> list[Fault]:
 
 
 def compare(path: str, source: str, report: Report = lambda done, of: None) -> list[Fault]:
-    """Compare every value with the source, bit for bit, NaN payloads included (after the cast to float32)."""
+    """Compare every value with the source, bit for bit, NaN payloads included (after the cast to float32).
+
+    Raises: DatasetError where the source is of another shape, or shardio did not make the dataset.
+    """
     stored = Stored(path)
-    original = _source_of(stored, source)
-    faults = _small_differences(stored.source, original, path)
     _, variables, ensemble, cells = stored.layout.shape
     ours = np.empty((1, variables, ensemble, cells), np.float32)
     theirs = np.empty_like(ours)
-    with ThreadPoolExecutor(thread_name_prefix="verify") as pool:
+    with _open_original(stored, source) as original, ThreadPoolExecutor(thread_name_prefix="verify") as pool:
+        faults = _small_differences(stored.source, original, path)
         for date in range(stored.layout.shape[0]):
             here = slice(date, date + 1)
             try:
@@ -102,24 +108,26 @@ def compare(path: str, source: str, report: Report = lambda done, of: None) -> l
 
 
 def repair(path: str, source: str, faults: list[Fault]) -> int:
-    """Write the dates of faulty chunks again from the source; returns how many. Nothing else is touched."""
+    """Write the dates of faulty chunks again from the source; returns how many. Nothing else is touched.
+
+    Raises: OutputError where something else than chunks is damaged, the source is another, or gives other bytes.
+    """
     stored = Stored(path)
     lost = [fault for fault in faults if fault.date is None]
     if lost:
         raise OutputError(
             f"{lost[0]}: only chunks can be repaired. Make the dataset again: shardio rechunk --overwrite."
         )
-    original = _source_of(stored, source)
-    if original.fingerprint() != stored.about["source_fingerprint"]:
-        raise OutputError(
-            f"{source} is not what {path} was made from (its fingerprint differs). Make the dataset again instead."
-        )
     bad: dict[int, set[int]] = {}
     index = {str(date): i for i, date in enumerate(stored.source.dates)}
     for fault in faults:
         every = range(stored.grid_chunks)  # a fault of a date that names no grid-chunk may be in any of them
         bad.setdefault(index[str(fault.date)], set()).update(every if fault.grid_chunk is None else [fault.grid_chunk])
-    with ThreadPoolExecutor(thread_name_prefix="repair") as pool:
+    with _open_original(stored, source) as original, ThreadPoolExecutor(thread_name_prefix="repair") as pool:
+        if original.fingerprint() != stored.about["source_fingerprint"]:
+            raise OutputError(
+                f"{source} is not what {path} was made from (its fingerprint differs). Make the dataset again instead."
+            )
         writer = ChunkWriter(stored.store.root / "data", stored.layout, threads=2, sync=True, with_moments=False)
         for date, chunks in bad.items():
             _rewrite(stored, original, writer, pool, date, chunks)
@@ -226,17 +234,18 @@ def _differences(stored: Stored, date: int, ours: NDArray[np.float32], theirs: N
     return faults
 
 
-def _source_of(stored: Stored, source: str) -> Source:
+@contextmanager
+def _open_original(stored: Stored, source: str) -> Iterator[Source]:
     """The source with the selection that the dataset was made with, its cells in the order of the dataset."""
     chosen = stored.about["selection"]
     selection = Selection(chosen["start"], chosen["end"], tuple(chosen["select"]), tuple(chosen["drop"]))
-    original = open_source(source, selection, fill_absent=True)
-    shape = (len(original.dates), len(original.variables), original.extent.shape[2], original.extent.shape[3])
-    if shape != stored.layout.shape:
-        raise DatasetError(
-            f"{source} has shape {list(shape)}, {stored.path} has {list(stored.layout.shape)}. Check --source."
-        )
-    return ordered_like(original, stored.source)
+    with closing(open_source(source, selection, fill_absent=True)) as original:
+        shape = (len(original.dates), len(original.variables), original.extent.shape[2], original.extent.shape[3])
+        if shape != stored.layout.shape:
+            raise DatasetError(
+                f"{source} has shape {list(shape)}, {stored.path} has {list(stored.layout.shape)}. Check --source."
+            )
+        yield ordered_like(original, stored.source)
 
 
 def _about(store: LocalStore, path: str) -> Json:

@@ -10,12 +10,14 @@ import click
 from shardio.cli.progress import display
 from shardio.cli.report import fact, plan_as_json, plan_as_text
 from shardio.rechunk import cluster
+from shardio.rechunk.allocator import keep_freed_memory
 from shardio.rechunk.execute import Progress, run
 from shardio.rechunk.request import Request, prepare
 
 
 def make(request: Request, dry_run: bool, as_json: bool) -> None:
     """Plan and progress go to stderr, the result to stdout; of a dry run the plan is the result."""
+    keep_freed_memory()  # from here on: coordinates are read and hashed, and every chunk is encoded into new bytes
     prepared = prepare(request)
     if dry_run and as_json:
         click.echo(json.dumps(plan_as_json(prepared), indent=1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,7 +25,13 @@ class Store(Protocol):
         """The content of `name`, None where there is no such name."""
 
     def sizes(self, folder: str = "") -> dict[str, int]:
-        """Bytes of every file below `folder`, names relative to it."""
+        """Bytes of every file below `folder`, names relative to it; nothing where the store cannot list them."""
+
+    def times(self, folder: str = "") -> dict[str, int]:
+        """When each of them was last written, nanoseconds since 1970; nothing where the store cannot list them."""
+
+    def version(self, name: str) -> str:
+        """What changes when `name` is written again, as the server says (its ETag); empty where it says nothing."""
 
 
 class LocalStore:
@@ -41,16 +48,23 @@ class LocalStore:
             return None
 
     def sizes(self, folder: str = "") -> dict[str, int]:
+        return {name: status.st_size for name, status in self._files(folder)}
+
+    def times(self, folder: str = "") -> dict[str, int]:
+        return {name: status.st_mtime_ns for name, status in self._files(folder)}
+
+    def version(self, name: str) -> str:
+        return ""  # `times` says it of every file
+
+    def _files(self, folder: str) -> Iterator[tuple[str, os.stat_result]]:
         top = self.root / folder if folder else self.root
-        found: dict[str, int] = {}
         for parent, folders, files in os.walk(top):
             folders.sort()
             with os.scandir(parent) as entries:
-                by_name = {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+                by_name = {entry.name: entry.stat() for entry in entries if entry.is_file()}
             for name in sorted(files):
                 if name in by_name:
-                    found[os.path.relpath(os.path.join(parent, name), top)] = by_name[name]
-        return found
+                    yield os.path.relpath(os.path.join(parent, name), top), by_name[name]
 
 
 class RemoteStore:
@@ -66,16 +80,25 @@ class RemoteStore:
             raise DatasetError(f"{url} cannot be opened: {error}") from error
 
     def get(self, name: str) -> bytes | None:
+        read = self._read(name)
+        return bytes(read.value) if read.state == "value" else None
+
+    def _read(self, name: str, part: slice | None = None) -> Any:
         try:
-            read = self._kvstore.read(name).result(SECONDS_TO_ANSWER)
+            return self._kvstore.read(name, byte_range=part).result(SECONDS_TO_ANSWER)
         except TimeoutError as error:
             raise DatasetError(f"{self.url}/{name}: no answer in {SECONDS_TO_ANSWER} s. Is the server up?") from error
         except ValueError as error:
             raise DatasetError(f"{self.url}/{name} cannot be read: {error}") from error
-        return bytes(read.value) if read.state == "value" else None
 
     def sizes(self, folder: str = "") -> dict[str, int]:
         return {}  # listing gives names without sizes, and web servers give neither
+
+    def times(self, folder: str = "") -> dict[str, int]:
+        return {}
+
+    def version(self, name: str) -> str:
+        return str(self._read(name, slice(0, 1)).stamp.generation.hex())
 
 
 def kvstore_spec(url: str) -> dict[str, Any] | str:

@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 
 from shardio.format.layout import ArrayLayout
 from shardio.rechunk.plan import Plan, Task
-from shardio.source.anemoi import AnemoiSource
 from shardio.source.source import Source
 from shardio.write.writer import AtOnce, ChunkWriter, StoredChunk, chunk_slices
 from shardio.write.written import WrittenDate
@@ -81,7 +80,6 @@ def _write_streams(source: Source, writer: ChunkWriter, task: Task, *otherwise: 
     """The same on this thread alone, grid-chunk by grid-chunk, for dates that the source streams."""
     if not _streams(source, writer.layout, task):
         return write_block(source, writer, task, *otherwise)
-    assert isinstance(source, AnemoiSource)
     written: list[WrittenDate] = []
     for date in range(task.start, task.stop):
         rows = source.stream(date)
@@ -107,7 +105,7 @@ def _has_dates_for_threads(plan: Plan, layout: ArrayLayout, todo: list[Task]) ->
 def _streams(source: Source, layout: ArrayLayout, task: Task) -> bool:
     """Whether the source streams all dates of a task, and holds no more of a row than its part of a grid-chunk."""
     dates = range(task.start, task.stop)
-    return isinstance(source, AnemoiSource) and all(source.streams(date, 4 * layout.chunks[3]) for date in dates)
+    return all(source.streams(date, 4 * layout.chunks[3]) for date in dates)
 
 
 class Buffers:

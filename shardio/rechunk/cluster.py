@@ -10,20 +10,16 @@ import logging
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import replace
-from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shardio.errors import OutputError, PlanError
 from shardio.format.layout import ArrayLayout
-from shardio.rechunk.blocks import Buffers, write_block
 from shardio.rechunk.plan import Plan, Task
-from shardio.source.source import Source
-from shardio.write.writer import ChunkWriter
+from shardio.rechunk.worker import Work, end_job, name_process, run_task
 from shardio.write.written import WrittenDate
 
 if TYPE_CHECKING:
@@ -55,7 +51,7 @@ def execute(
         queue = iter(todo)
         running: Any = as_completed()  # type: ignore[no-untyped-call]
         # Without its tasks: the plan goes along with each of them.
-        arguments = (request, layout, replace(plan, tasks=()), str(folder.absolute()))
+        work = Work(request, layout, replace(plan, tasks=()), str(folder.absolute()), name_process())
 
         def submit() -> None:
             """As many as keep the workers busy that are there by now: those of a batch system join late."""
@@ -65,7 +61,7 @@ def execute(
                     workers, counted = len(client.nthreads()), time.monotonic()
             most = AHEAD * max(1, workers) * plan.in_flight
             for task in islice(queue, max(0, most - running.count())):
-                running.add(client.submit(run_task, task, *arguments, pure=False, retries=RETRIES))
+                running.add(client.submit(run_task, task, work, pure=False, retries=RETRIES))
 
         submit()
         for future in running:
@@ -82,22 +78,8 @@ def execute(
                     "Start it again with workers, then run the same command again to continue."
                 ) from error
             submit()
-
-
-def run_task(task: Task, request: Request, layout: ArrayLayout, plan: Plan, folder: str) -> list[WrittenDate]:
-    """One task, in a worker process."""
-    source, writer, pool, buffers = _tools(request, layout, plan.threads, plan.in_flight, folder)
-    return write_block(source, writer, task, plan.pieces, pool, buffers)
-
-
-@lru_cache(maxsize=1)
-def _tools(
-    request: Request, layout: ArrayLayout, threads: int, in_flight: int, folder: str
-) -> tuple[Source, ChunkWriter, ThreadPoolExecutor, Buffers]:
-    """Opened once per worker process and job: metadata, threads and buffers outlive a task."""
-    source = request.open_source()
-    writer = ChunkWriter(Path(folder), layout, threads, request.sync, source.statistics is None)
-    return source, writer, ThreadPoolExecutor(threads, "chunk"), Buffers(in_flight)
+        # Workers that live on would keep files open, and buffers. Where this fails, their next job closes them.
+        client.run(end_job, work.folder, on_error="ignore")
 
 
 def _client(request: Request, plan: Plan, stack: ExitStack) -> Any:

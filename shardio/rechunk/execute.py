@@ -49,9 +49,10 @@ class Result:
 
 
 def run(prepared: Prepared, report: Callable[[Progress], None] = lambda _: None) -> Result:
-    """Write what is not yet written, then publish; interrupted at any point, call it again."""
+    """Write what is not yet written, publish, and close the source; interrupted at any point, call it again."""
     request, layout = prepared.request, prepared.layout
     if prepared.is_complete:
+        prepared.source.close()
         stored = sum(LocalStore(request.destination).sizes("data").values())
         return Result(request.destination, 0, layout.shape[0], layout.grid[3], 0, stored, already_complete=True)
     destination = Path(request.destination)
@@ -63,8 +64,9 @@ def run(prepared: Prepared, report: Callable[[Progress], None] = lambda _: None)
             before = written.count
             todo = [task for task in prepared.plan.tasks if not _done(task, written)]
             bytes_of_date = layout.grid[3] * layout.chunk_bytes
+            arrays = output.create_coordinates(job.dataset, prepared.source, layout)
             with ThreadPoolExecutor(1, "coordinates") as other:  # one thread, busy for a date's time at most
-                coordinates = other.submit(output.write_coordinates, job.dataset, prepared.source, layout)
+                coordinates = other.submit(output.write_coordinates, job.dataset, prepared.source, arrays)
                 for dates in _execute(prepared, job.dataset / "data", todo):
                     written.add(dates)
                     job.record(dates, written)
@@ -76,10 +78,9 @@ def run(prepared: Prepared, report: Callable[[Progress], None] = lambda _: None)
                     sync_folder(job.dataset / "data")
             _check_unchanged(prepared)
             about, small = prepared.about, coordinates.result()
-            output.finish_dataset(
-                job.dataset, prepared.source, layout, written.crc, about, written.moments, coordinates=small
-            )
+            output.finish_dataset(job.dataset, prepared.source, layout, written.crc, about, small, written.moments)
             job.publish()
+            prepared.source.close()
         finally:
             job.close()
     done = written.count - before
@@ -101,7 +102,8 @@ def _elsewhere(request: Request) -> Request:
 
 
 def _check_unchanged(prepared: Prepared) -> None:
-    if prepared.source.fingerprint() != prepared.fingerprint:
+    source = prepared.source
+    if (source.fingerprint(), source.changed()) != (prepared.fingerprint, prepared.changed):
         raise OutputError(
             f"{prepared.request.source} changed while it was read. Run again with --overwrite once it is at rest."
         )

@@ -15,7 +15,6 @@ from shardio.format.codec import named
 from shardio.format.layout import ArrayLayout, grid_chunked, parse
 from shardio.format.metadata import array_metadata, group_attributes
 from shardio.format.store import LocalStore
-from shardio.rechunk.allocator import keep_freed_memory
 from shardio.rechunk.plan import Plan, make_plan
 from shardio.source.open import open_source
 from shardio.source.order import order_of, ordered
@@ -53,7 +52,6 @@ class Request:
 
     def open_source(self) -> Source:
         """The source, in whatever process this runs."""
-        keep_freed_memory()  # from here on: coordinates are read and hashed, and every chunk is encoded into new bytes
         source = self.opener() if self.opener else open_source(self.source, self.selection, self.fill_absent)
         return ordered(source, self.order)
 
@@ -63,12 +61,14 @@ class Prepared:
     """A checked request: nothing is written yet.
 
     Attributes:
+      fingerprint, changed: of the source, before anything of it is read.
       is_complete: the destination is that very dataset already, and nothing is left to do.
     """
 
     request: Request
     source: Source
     fingerprint: str
+    changed: str
     layout: ArrayLayout
     plan: Plan
     is_complete: bool = False
@@ -80,6 +80,7 @@ class Prepared:
         return {
             "source": r.source if "://" in r.source else str(Path(r.source).absolute()),
             "source fingerprint": self.fingerprint,
+            "source changed": self.changed,
             "grid-chunks": r.grid_chunks,
             "zarr-format": self.layout.zarr_format,
             "codec": r.codec,
@@ -102,6 +103,7 @@ class Prepared:
             "codec": str(self.layout.codec),
             "source": self.request.source,
             "source_fingerprint": self.fingerprint,
+            "source_changed": self.changed,
             "selection": asdict(self.request.selection),
         }
         return about | ({"missing_chunks_filled": True} if self.request.fill_absent else {})
@@ -117,12 +119,17 @@ def prepare(request: Request) -> Prepared:
         _read_published(destination)  # what cannot be this dataset is refused before the source is opened
     codec = named(request.codec)
     source = request.open_source()
-    shape = (len(source.dates), len(source.variables), source.extent.shape[2], source.extent.shape[3])
-    layout = grid_chunked(shape, request.grid_chunks, request.zarr_format or source.zarr_format, codec)
-    plan = make_plan(source.extent, layout, request.max_memory, request.workers or 1)
-    prepared = Prepared(request, source, source.fingerprint(), layout, plan, is_complete=exists)
-    if exists:
-        _check_same(prepared)
+    try:
+        shape = (len(source.dates), len(source.variables), source.extent.shape[2], source.extent.shape[3])
+        layout = grid_chunked(shape, request.grid_chunks, request.zarr_format or source.zarr_format, codec)
+        plan = make_plan(source.extent, layout, request.max_memory, request.workers or 1)
+        found = (source.fingerprint(), source.changed())
+        prepared = Prepared(request, source, *found, layout, plan, is_complete=exists)
+        if exists:
+            _check_same(prepared)
+    except BaseException:
+        source.close()
+        raise
     return prepared
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from functools import cached_property
 from hashlib import sha256
@@ -24,11 +24,11 @@ from shardio.format.reader import NativeReader, Reader, open_reader
 from shardio.format.store import LocalStore, Store
 from shardio.format.stream import BloscRows
 from shardio.source.extent import SourceExtent
-from shardio.source.source import STATISTICS, Extra, Json, Selection
+from shardio.source.source import STATISTICS, Extra, Json, Selection, Source, tell_times
 
 
-class AnemoiSource:
-    """An anemoi dataset: Zarr v2 or v3, any chunking, Zarr-sharded or not."""
+class AnemoiSource(Source):
+    """An anemoi dataset: Zarr v2 or v3, any chunking, Zarr-sharded or not; large arrays are read when asked for."""
 
     def __init__(self, store: Store, selection: Selection, fill_absent: bool):
         self.path = store.url
@@ -56,11 +56,11 @@ class AnemoiSource:
         self._reader_of_missing = open_reader(store, "data", self.layout, fill_absent=True)
 
     @cached_property
-    def latitudes(self) -> NDArray[np.float64]:
+    def latitudes(self) -> NDArray[np.float64]:  # type: ignore[override]
         return self._coordinates("latitudes")
 
     @cached_property
-    def longitudes(self) -> NDArray[np.float64]:
+    def longitudes(self) -> NDArray[np.float64]:  # type: ignore[override]
         return self._coordinates("longitudes")
 
     def _coordinates(self, name: str) -> NDArray[np.float64]:
@@ -76,18 +76,13 @@ class AnemoiSource:
         return stored_values(self._store, name, codec)
 
     @cached_property
-    def extras(self) -> tuple[Extra, ...]:
+    def extras(self) -> tuple[Extra, ...]:  # type: ignore[override]
         return tuple(self._extra(name) for name in self.extra_names())
 
     @property
     def rows(self) -> range:
         """Stored rows of the selected dates."""
         return self._dates
-
-    @property
-    def stored_variables(self) -> tuple[int, ...]:
-        """Stored places of the selected variables."""
-        return self._variables
 
     @property
     def reader(self) -> Reader:
@@ -98,11 +93,29 @@ class AnemoiSource:
         # Read anew: this is asked again at the end of a run, whether the source changed meanwhile.
         store, digest = self._store, sha256()
         digest.update(repr((array_metadata(store, "data"), group_attributes(store))).encode())
-        for folder in ("data", "dates", "latitudes", "longitudes"):
-            digest.update(repr(store.sizes(folder)).encode())
-        for name in store.sizes("dates"):
-            digest.update(store.get(f"dates/{name}") or b"")
+        for folder in self._folders():
+            digest.update(repr((folder, store.sizes(folder))).encode())
+        dates = self.array("dates")
+        digest.update(b"" if dates is None else dates.astype("datetime64[s]").tobytes())
         return digest.hexdigest()
+
+    def changed(self) -> str:
+        times = {
+            f"{folder}/{name}": when for folder in self._folders() for name, when in self._store.times(folder).items()
+        }
+        if times:
+            return tell_times(times)
+        # Of a server one is asked of a few: each is a request.
+        names = ["latitudes", "longitudes", "data", "data"]
+        chunks = [(0,), (0,), *((row, 0, 0, 0) for row in (self._dates[0], self._dates[-1]))]
+        layouts = [parse(array_metadata(self._store, name) or {}, f"{self.path}/{name}") for name in names]
+        files = [layout.file_of(chunk)[0] for layout, chunk in zip(layouts, chunks, strict=True)]
+        versions = [self._store.version(f"{name}/{file}") for name, file in zip(names, files, strict=True)]
+        return sha256(repr(versions).encode()).hexdigest()[:12]
+
+    def _folders(self) -> list[str]:
+        """Of all arrays that go into a copy."""
+        return ["data", "dates", "latitudes", "longitudes", *STATISTICS, *self.extra_names()]
 
     def stored_files(self) -> dict[str, int]:
         """Bytes of every file that holds chunks of `data`, by name; empty where the store cannot tell."""
@@ -203,7 +216,7 @@ class AnemoiSource:
         return sorted(name for name, is_array in self._members.items() if is_array and name not in known)
 
     @cached_property
-    def groups(self) -> dict[str, Json]:
+    def groups(self) -> Mapping[str, Json]:  # type: ignore[override]
         """Attributes of the sub-groups, by name."""
         if not isinstance(self._store, LocalStore):
             return {}

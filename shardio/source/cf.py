@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from shardio.dates import Dates, between
+from shardio.dates import between
 from shardio.errors import ChunkError
 from shardio.format.boxes import as_cut
 from shardio.format.reader import cast
@@ -31,7 +31,7 @@ from shardio.format.threads import for_each
 from shardio.source.cf_fields import choose, join, open_files, positions
 from shardio.source.cf_roles import Grid, Part
 from shardio.source.extent import SourceExtent
-from shardio.source.source import Extra, Json, Selection
+from shardio.source.source import Json, Selection, Source, tell_times
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -53,7 +53,7 @@ class Box:
     to_variables: tuple[int, ...]
 
 
-class CFSource:
+class CFSource(Source):
     """Fields on cells out of one file, a glob of files, or a CF Zarr."""
 
     def __init__(self, path: str, selection: Selection):
@@ -61,12 +61,11 @@ class CFSource:
         self._files = tuple(sorted(glob.glob(path))) if any(c in path for c in "*?[") else (path,)
         # Zarr decodes on many threads at once.
         self._parallel = all(Path(file).is_dir() for file in self._files)
-        datasets = open_files(path, self._files)
+        self._datasets = datasets = open_files(path, self._files)
         try:
             self._take(datasets, selection)
         except BaseException:
-            for _, ds in datasets:  # now: the garbage collector would close them in any thread, and crash HDF5
-                ds.close()
+            self.close()
             raise
 
     def _take(self, datasets: list[tuple[str, xr.Dataset]], selection: Selection) -> None:
@@ -83,11 +82,6 @@ class CFSource:
         every_date = next(field.dates for field in self._fields if not field.constant)
         self._selected = between(every_date, selection.start, selection.end, path)
         self.dates = every_date[self._selected.start : self._selected.stop]
-        self.missing: Dates = self.dates[:0]
-        self.statistics: dict[str, NDArray[np.float64]] | None = None
-        self.extras: tuple[Extra, ...] = ()
-        self.zarr_format = 3
-        self.data_attributes: Json = {}
         self.attributes = self._attributes(datasets[0][1].attrs)
         self.extent = self._extent(len(every_date))
 
@@ -96,12 +90,22 @@ class CFSource:
         for values in (self.dates, self.latitudes, self.longitudes):
             digest.update(values.tobytes())
         for file in self._files:
-            if Path(file).is_dir():
-                digest.update(repr(LocalStore(file).sizes()).encode())
-            else:
-                status = Path(file).stat()
-                digest.update(f"{Path(file).name}:{status.st_size}:{status.st_mtime_ns};".encode())
+            sizes = LocalStore(file).sizes() if Path(file).is_dir() else Path(file).stat().st_size
+            digest.update(repr((Path(file).name, sizes)).encode())
         return digest.hexdigest()
+
+    def changed(self) -> str:
+        times: dict[str, int] = {}
+        for file in map(Path, self._files):
+            inside = LocalStore(file).times() if file.is_dir() else {"": file.stat().st_mtime_ns}
+            times |= {f"{file.name}/{name}": when for name, when in inside.items()}
+        return tell_times(times)
+
+    def close(self) -> None:
+        # Not left to the garbage collector, which would close them in any thread, and crash HDF5.
+        with nullcontext() if self._parallel else ONE_AT_A_TIME:
+            for _, ds in self._datasets:
+                ds.close()
 
     def read(self, dates: slice, cells: slice, out: NDArray[np.float32], pool: Executor | None = None) -> None:
         boxes = self._boxes(dates, cells)

@@ -15,6 +15,7 @@ import math
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +23,6 @@ from numpy.typing import NDArray
 from shardio.errors import DatasetError
 from shardio.format.codec import crc32c
 from shardio.format.scratch import Scratch
-from shardio.source.anemoi import AnemoiSource
 from shardio.source.source import Extra, Json, Source
 
 CELL_ORDER = "cell_order"
@@ -74,7 +74,7 @@ def _sine(degrees: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def cell_order(source: Source) -> Int64 | None:
     """[cell] the native place of every cell of a source in compact order; None where it is in its native order."""
-    found = source.array(CELL_ORDER) if isinstance(source, AnemoiSource) else None
+    found = source.array(CELL_ORDER)
     if found is None:
         return None
     cells = source.extent.shape[3]
@@ -88,8 +88,7 @@ def cell_order(source: Source) -> Int64 | None:
 
 def order_of(source: Source) -> str:
     """compact or native."""
-    order = source.order if isinstance(source, Reordered) else cell_order(source)
-    return "native" if order is None else "compact"
+    return "native" if cell_order(source) is None else "compact"
 
 
 # -------------------------------------------------------------------------------------------------- in another order
@@ -108,7 +107,7 @@ def ordered_like(source: Source, other: Source) -> Source:
     return source if same else Reordered(source, wanted)
 
 
-class Reordered:
+class Reordered(Source):
     """A source whose cells are in another order, `order`; None is native. Reads whole dates, whatever is asked for."""
 
     def __init__(self, source: Source, order: Int64 | None):
@@ -121,7 +120,7 @@ class Reordered:
         self.path, self.variables, self.zarr_format = source.path, source.variables, source.zarr_format
         self.dates, self.missing, self.statistics = source.dates, source.missing, source.statistics
         self.data_attributes = source.data_attributes
-        self.groups: dict[str, Json] = getattr(source, "groups", {})
+        self.groups = source.groups
         self.extent = replace(source.extent, whole_dates=True)
         self.latitudes, self.longitudes = source.latitudes[self._places], source.longitudes[self._places]
         travelling = {extra.name: extra for extra in source.extras}
@@ -140,6 +139,15 @@ class Reordered:
     def fingerprint(self) -> str:
         order = "native" if self.order is None else f"compact {crc32c(self.order.tobytes()):08x}"
         return f"{self._source.fingerprint()}, {order}"
+
+    def changed(self) -> str:
+        return self._source.changed()
+
+    def array(self, name: str) -> NDArray[Any] | None:
+        return next((extra.values for extra in self.extras if extra.name == name), None)
+
+    def close(self) -> None:
+        self._source.close()
 
     def read(self, dates: slice, cells: slice, out: NDArray[np.float32], pool: Executor | None = None) -> None:
         whole = out if out.shape[3] == self._cells else np.empty((*out.shape[:3], self._cells), np.float32)

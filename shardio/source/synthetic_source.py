@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 from shardio.dates import Dates, parse_start
 from shardio.errors import SelectionError
 from shardio.source.extent import SourceExtent
-from shardio.source.source import Extra, Json
+from shardio.source.source import Json, Source
 from shardio.source.synthetic import RossbyWaves, octahedral, variable_units
 
 CELLS_AT_ONCE = 2**16
 
 
-class SyntheticSource:
+class SyntheticSource(Source):
     """`dates` dates from `start`, every `hours`; time zero of the waves is 2000-01-01, whatever the start."""
 
     def __init__(self, grid: str, dates: int, start: str = "2020-01-01", hours: int = 6, seed: int = 0):
@@ -29,11 +29,6 @@ class SyntheticSource:
         self.variables: tuple[str, ...] = self.waves.variables
         first = parse_start(start)
         self.dates: Dates = first + np.arange(dates) * np.timedelta64(hours, "h").astype("timedelta64[s]")
-        self.missing: Dates = self.dates[:0]
-        self.statistics: dict[str, NDArray[np.float64]] | None = None
-        self.extras: tuple[Extra, ...] = ()
-        self.zarr_format = 3
-        self.data_attributes: Json = {}
         cells = len(self.latitudes)
         shape = (dates, len(self.variables), 1, cells)
         # Any cut costs the same: a "chunk" is one cell of one date.

@@ -34,6 +34,7 @@ from shardio.write.written import STATISTICS, Written, WrittenDate
 Json = dict[str, Any]
 SECONDS_BETWEEN_SYNCS = 1.0
 NOTES = 2  # version of what a job notes of its dates
+LOCKS = {"lock", "ranks.lock"}
 
 
 class Job:
@@ -48,6 +49,7 @@ class Job:
         self.folder = partial_of(destination)
         # Named after the job: a cluster's worker that outlived a discarded run cannot write into its successor.
         self.dataset = self.folder / f"dataset-{sha256(json.dumps(identity).encode()).hexdigest()[:12]}"
+        self.refuse_existing()  # before anything of this run is there
         self.folder.mkdir(exist_ok=True)
         self._open = ExitStack()
         self._open.callback(os.close, _lock(self.folder))
@@ -65,6 +67,7 @@ class Job:
             self._ledger = self._open.enter_context((self.folder / "ledger.jsonl").open("a+b"))
             self._end_torn_line()
         except BaseException:
+            self._leave_nothing()
             self.close()
             raise
         self._synced_at = time.monotonic()
@@ -126,6 +129,12 @@ class Job:
         self.close()
         with suppress(OSError):  # NFS keeps the name of an open file, here the lock
             self.folder.rmdir()
+
+    def _leave_nothing(self) -> None:
+        """Remove the folder where nothing but locks is in it: nothing was begun."""
+        with suppress(OSError):
+            if {entry.name for entry in self.folder.iterdir()} <= LOCKS:
+                shutil.rmtree(self.folder)
 
     def close(self) -> None:
         """Let another run continue."""
@@ -191,9 +200,10 @@ def read_job(destination: Path) -> Json | None:
 
 
 def sweep_published(destination: Path) -> None:
-    """Remove what a run leaves that was killed after it gave its output the name."""
+    """Remove what a run leaves that was killed after it gave its output the name, or that never began."""
     folder = partial_of(destination)
-    if not (folder / "job.json").exists() or any(folder.glob("dataset-*")):
+    left = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
+    if any(name.startswith("dataset-") for name in left) or not ("job.json" in left or left & LOCKS == left != set()):
         return
     with suppress(OutputError):
         lock = _lock(folder)

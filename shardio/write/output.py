@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from shardio.dates import frequency
 from shardio.format.codec import Codec, crc32c
 from shardio.format.layout import DIMENSIONS, ArrayLayout
-from shardio.source.anemoi import AnemoiSource
 from shardio.source.source import STATISTICS, Extra, Source
 from shardio.write import statistics
 from shardio.write.writer import atomic_file
@@ -25,10 +24,11 @@ from shardio.write.writer import atomic_file
 Json = dict[str, Any]
 FORMAT_VERSION = 1
 CHECKSUMS = "shardio_crc32c"
+PLACES = ("latitudes", "longitudes")
 COORDINATES = Codec("blosc", "lz4", 5, 1)  # zarr's own choice may be zstd: longer over 9 km than a date takes
 
 
-def begin_data(folder: Path, layout: ArrayLayout, attributes: Json) -> None:
+def begin_data(folder: Path, layout: ArrayLayout, attributes: Mapping[str, Any]) -> None:
     """Write the metadata of `data`, before its first chunk."""
     data = folder / "data"
     data.mkdir(parents=True, exist_ok=True)
@@ -43,15 +43,27 @@ def begin_data(folder: Path, layout: ArrayLayout, attributes: Json) -> None:
             file.write([json.dumps(content, indent=2).encode()])
 
 
-def write_coordinates(folder: Path, source: Source, layout: ArrayLayout) -> dict[str, int]:
-    """Write the arrays that do not depend on the chunks; returns the checksum of each. May run beside the chunks."""
+def create_coordinates(folder: Path, source: Source, layout: ArrayLayout) -> Json:
+    """Create the arrays that do not depend on the chunks, by name, without their values.
+
+    On the thread that began the run: zarr warns of what it creates, and filters of warnings belong to the process.
+    """
     with _group(folder, layout) as group:
-        written = {"dates": _write_array(group, Extra("dates", source.dates, {}, ("time",)), layout.zarr_format)}
-        for name in ("latitudes", "longitudes"):
-            written[name] = _write_coordinate(group, folder, source, name, layout)
-        for name, about_group in getattr(source, "groups", {}).items():
-            group.require_group(name).attrs.put(about_group)
-        return written | {extra.name: _write_array(group, extra, layout.zarr_format) for extra in source.extras}
+        for name, about in source.groups.items():
+            group.require_group(name).attrs.put(about)
+        given = (Extra("dates", source.dates, {}, ("time",)), *source.extras)
+        arrays: Json = {
+            name: _create_array(group, Extra(name, np.empty(0), {}, ("cell",)), (layout.shape[3],), layout.zarr_format)
+            for name in PLACES
+        }
+        return arrays | {e.name: _create_array(group, e, e.values.shape, layout.zarr_format) for e in given}
+
+
+def write_coordinates(folder: Path, source: Source, arrays: Json) -> dict[str, int]:
+    """Write the values of what `create_coordinates` made; returns the checksum of each. May run beside the chunks."""
+    given = {"dates": source.dates, **{extra.name: extra.values for extra in source.extras}}
+    written = {name: _fill(arrays[name], values) for name, values in given.items()}
+    return written | {name: _fill_places(arrays[name], folder, source, name) for name in PLACES}
 
 
 def finish_dataset(
@@ -60,19 +72,18 @@ def finish_dataset(
     layout: ArrayLayout,
     crc: NDArray[np.uint32],
     about: Json,
+    coordinates: Mapping[str, int],
     moments: statistics.Moments | None = None,
-    coordinates: Mapping[str, int] | None = None,
 ) -> None:
     """Write what is not written yet, then the attributes with the complete flag, last.
 
     Args:
       crc: [date, grid-chunk], of what is stored.
+      coordinates: what `write_coordinates` returned.
       moments: of all values; None where the source has statistics.
-      coordinates: what `write_coordinates` returned; None where it is to be called here.
     """
     import zarr
 
-    coordinates = write_coordinates(folder, source, layout) if coordinates is None else coordinates
     values = source.statistics
     if values is None:
         assert moments is not None
@@ -86,7 +97,7 @@ def finish_dataset(
     }
     with _group(folder, layout) as group:
         for extra in arrays:
-            _write_array(group, extra, layout.zarr_format)
+            _create_array(group, extra, extra.values.shape, layout.zarr_format)[...] = extra.values
         group.attrs.put(attributes | {"shardio": {**attributes["shardio"], "complete": True}})
         zarr.consolidate_metadata(folder, zarr_format=layout.zarr_format)  # type: ignore[arg-type]
 
@@ -143,22 +154,21 @@ def _has_nan(moments: statistics.Moments, layout: ArrayLayout) -> bool:
     return bool((moments.count < layout.shape[0] * layout.shape[2] * layout.shape[3]).any())
 
 
-def _write_coordinate(group: Any, folder: Path, source: Source, name: str, layout: ArrayLayout) -> int:
-    """Write one; returns its checksum. What the source stores as it is stored here is copied as it is."""
-    stored = source.stored_coordinates(name, COORDINATES) if isinstance(source, AnemoiSource) else None
+def _fill_places(array: Any, folder: Path, source: Source, name: str) -> int:
+    """Write one of them; returns its checksum. What the source stores as it is stored here is copied as it is."""
+    stored = source.stored_coordinates(name, COORDINATES)
     if stored is None:
-        return _write_array(group, Extra(name, getattr(source, name), {}, ("cell",)), layout.zarr_format)
-    array = _create_array(group, Extra(name, np.empty(0), {}, ("cell",)), (layout.shape[3],), layout.zarr_format)
+        return _fill(array, getattr(source, name))
     chunk = folder / name / array.metadata.encode_chunk_key((0,))
     chunk.parent.mkdir(exist_ok=True)
     chunk.write_bytes(stored[0])
     return stored[1]
 
 
-def _write_array(group: Any, extra: Extra, zarr_format: int) -> int:
+def _fill(array: Any, values: NDArray[Any]) -> int:
     """Write one; returns its checksum."""
-    _create_array(group, extra, extra.values.shape, zarr_format)[...] = extra.values
-    return checksum(extra.values)
+    array[...] = values
+    return checksum(values)
 
 
 def _create_array(group: Any, extra: Extra, shape: tuple[int, ...], zarr_format: int) -> Any:

@@ -21,16 +21,17 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shardio.dates import Dates
 from shardio.errors import OutputError
-from shardio.format.codec import named
+from shardio.format.codec import Codec, named
 from shardio.format.layout import ArrayLayout, grid_chunked
 from shardio.format.reader import NativeReader
-from shardio.source.source import Extra
+from shardio.source.source import Extra, Source
 from shardio.write import ledgers, output
 from shardio.write.job import Job, Json, partial_of, read_job
 from shardio.write.ledgers import Lock
@@ -61,6 +62,10 @@ class Description:
     attributes: Json
     missing: Dates = field(default_factory=lambda: np.empty(0, "datetime64[s]"))
     extras: tuple[Extra, ...] = ()
+    groups: dict[str, Json] = field(default_factory=dict)
+
+    def stored_coordinates(self, name: str, codec: Codec) -> None:
+        """Nowhere: they are encoded here."""
 
     @property
     def layout(self) -> ArrayLayout:
@@ -265,7 +270,10 @@ class ShardedWriter:
             "source": self.about.attributes.get("description", ""),
             "source_fingerprint": json.dumps(self._identity, sort_keys=True),
         }
-        output.finish_dataset(self._job.dataset, self.about, self.layout, crc, about)  # type: ignore[arg-type]
+        folder, described = self._job.dataset, cast(Source, self.about)  # of a source all but its fields is asked for
+        arrays = output.create_coordinates(folder, described, self.layout)
+        small = output.write_coordinates(folder, described, arrays)
+        output.finish_dataset(folder, described, self.layout, crc, about, small)
         self._job.publish()
 
 

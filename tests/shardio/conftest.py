@@ -247,7 +247,12 @@ def cluster():
         yield started
 
 
-def python(code: str, *words: Any, **more: Any) -> subprocess.CompletedProcess[str]:
-    """Run `code` in a fresh interpreter."""
-    command = [sys.executable, "-c", code, *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, **more)
+@pytest.fixture(scope="session")
+def python():
+    """`python(code, *words)`: in a fresh interpreter."""
+
+    def python(code: str, *words: Any, **more: Any) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", code, *map(str, words)]
+        return subprocess.run(command, capture_output=True, text=True, check=False, **more)
+
+    return python

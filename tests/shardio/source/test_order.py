@@ -393,6 +393,7 @@ def on(latitudes, longitudes):
         latitudes=np.asarray(latitudes),
         longitudes=np.asarray(longitudes),
         extent=SimpleNamespace(shape=(1, 1, 1, len(latitudes))),
+        array=lambda _: None,
     )
 
 

@@ -18,7 +18,7 @@ from shardio.check.verify import check
 from shardio.errors import DatasetError, OutputError
 from shardio.rechunk import Request, prepare, run
 from shardio.source.source import Selection
-from shardio.write.job import partial_of
+from shardio.write.job import Job, partial_of
 from shardio.write.written import WrittenDate
 
 DATES, KILLS = 60, 20
@@ -360,6 +360,32 @@ def test_what_a_kill_after_naming_leaves_is_swept(source, rechunk, tree, tmp_pat
     assert rechunk(source, tmp_path / "b.zarr", 7).already_complete
     assert not left.exists()
     assert tree(tmp_path / "b.zarr") == before
+
+
+@pytest.mark.parametrize("locks", [("lock",), ("lock", "ranks.lock")])
+def test_locks_of_a_run_that_never_began_are_swept(locks, source, rechunk, tmp_path):
+    rechunk(source, tmp_path / "b.zarr", 7)
+    left = partial_of(tmp_path / "b.zarr")
+    left.mkdir()
+    for name in locks:
+        (left / name).touch()
+    assert rechunk(source, tmp_path / "b.zarr", 7).already_complete
+    assert not left.exists()
+
+
+@pytest.mark.parametrize("kept", ["dataset-1", "precious"])
+def test_what_may_be_needed_is_not_swept(kept, source, rechunk, tmp_path):
+    rechunk(source, tmp_path / "b.zarr", 7)
+    (partial_of(tmp_path / "b.zarr") / kept).mkdir(parents=True)
+    assert rechunk(source, tmp_path / "b.zarr", 7).already_complete
+    assert (partial_of(tmp_path / "b.zarr") / kept).exists()
+
+
+def test_a_refused_job_leaves_nothing(tmp_path):
+    (tmp_path / "b.zarr").mkdir()
+    with pytest.raises(OutputError, match="exists"):
+        Job(tmp_path / "b.zarr", {}, "command", sync=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["b.zarr"]
 
 
 def test_damaged_job_file_is_refused_and_discarded_on_demand(unfinished, source, rechunk, tmp_path):

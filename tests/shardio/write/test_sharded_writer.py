@@ -18,6 +18,7 @@ import pytest
 from shardio import Description, ShardedWriter, open_dataset
 from shardio.check import verify
 from shardio.errors import DatasetError, OutputError
+from shardio.write.job import partial_of
 from shardio.write.ledgers import Lock
 from shardio.write.sharded_writer import is_complete
 
@@ -175,6 +176,7 @@ def test_another_run_neither_goes_on_nor_overwrites(tmp_path: Path) -> None:
     assert not is_complete(path, about(dates=13), {"run": 1})
     found = write_on_three(path)
     assert [str(error).partition(". ")[0] for error in found] == [f"{path} exists"] * 3
+    assert not partial_of(path).exists()
     assert write_on_three(path, overwrite=True) == [set()] * 3
 
 
