@@ -1,8 +1,11 @@
 """shardio: weather datasets cut into grid-chunks, and loaded so that no rank ever holds the full grid."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from shardio.lazy import fetch_from
 
 if TYPE_CHECKING:  # what __getattr__ gives at run time, for type checkers and editors
+    from shardio.format.files import atomic, lock, remove_temporary
     from shardio.load.batch import ShardedBatch
     from shardio.load.dataset import Dataset, open_dataset
     from shardio.load.loader import ShardedDataLoader
@@ -34,13 +37,16 @@ __all__ = [
     "Topology",
     "Wanted",
     "__version__",
+    "atomic",
     "balanced",
     "begun_chunk_cells",
     "is_complete",
     "keep_freed_memory",
+    "lock",
     "octahedral",
     "open_dataset",
     "partition",
+    "remove_temporary",
     "sweep_published",
     "valid_starts",
 ]
@@ -59,25 +65,21 @@ _HOMES = {
     "ShardedWriter": "write.sharded_writer",
     "Topology": "load.topology",
     "Wanted": "load.reads",
+    "atomic": "format.files",
     "balanced": "load.partition",
     "begun_chunk_cells": "write.sharded_writer",
     "is_complete": "write.sharded_writer",
     "keep_freed_memory": "rechunk.allocator",
+    "lock": "format.files",
     "octahedral": "source.synthetic",
     "open_dataset": "load.dataset",
     "partition": "load.partition",
+    "remove_temporary": "format.files",
     "sweep_published": "write.job",
     "valid_starts": "load.sampler",
 }
 
-
-def __getattr__(name: str) -> Any:
-    # Names are fetched when first used: `import shardio` itself costs no torch, no zarr.
-    if name not in _HOMES:
-        raise AttributeError(f"module 'shardio' has no attribute {name!r}")
-    from importlib import import_module
-
-    return getattr(import_module(f"shardio.{_HOMES[name]}"), name)
+__getattr__ = fetch_from(__name__, _HOMES)
 
 
 def __dir__() -> list[str]:

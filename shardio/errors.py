@@ -25,6 +25,10 @@ class OutputError(ShardioError):
     """The output exists, belongs to another run, or cannot be written."""
 
 
+class HeldError(OutputError):
+    """A file that one process may write at a time is held by another."""
+
+
 class TopologyError(ShardioError):
     """Group sizes that do not divide one another, or a rank outside its world."""
 

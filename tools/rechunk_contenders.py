@@ -108,9 +108,11 @@ def _shardio(copy: Copy, zarr_format: int) -> Iterator[None]:
     import numcodecs.blosc  # noqa: F401
     import zarr.codecs  # noqa: F401
 
+    from shardio import keep_freed_memory
     from shardio.rechunk import Request, prepare, run
 
     yield
+    keep_freed_memory()  # as the command does
     run(prepare(Request(copy.source, copy.destination, copy.chunks, zarr_format, sync=copy.fsync)))
 
 

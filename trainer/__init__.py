@@ -1,6 +1,8 @@
 """trainer: forecast models on sharded fields; what every rank computes never depends on how the grid was cut."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from shardio.lazy import fetch_from
 
 if TYPE_CHECKING:  # what __getattr__ gives at run time, for type checkers and editors
     from trainer.fit.data import ForecastDataModule
@@ -17,14 +19,7 @@ _HOMES = {
     "load": "predict.forecast",
 }
 
-
-def __getattr__(name: str) -> Any:
-    # Names are fetched when first used: `import trainer` itself costs no torch.
-    if name not in _HOMES:
-        raise AttributeError(f"module 'trainer' has no attribute {name!r}")
-    from importlib import import_module
-
-    return getattr(import_module(f"trainer.{_HOMES[name]}"), name)
+__getattr__ = fetch_from(__name__, _HOMES)
 
 
 def __dir__() -> list[str]:

@@ -64,6 +64,21 @@ class Dataset:
         self.is_missing: NDArray[np.bool_] = gone
 
     @property
+    def attributes(self) -> dict[str, Any]:
+        """As stored; those of the first of several datasets."""
+        return self.parts[0].source.attributes
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Of the datasets that it is made of, as they were named."""
+        return tuple(dict.fromkeys(part.source.path for part in self.parts))
+
+    @property
+    def stored_variables(self) -> int:
+        """How many variables a grid-chunk holds, wanted or not."""
+        return len(self.parts[0].source.variables)
+
+    @property
     def missing(self) -> set[int]:
         """Indices of the dates that have no data."""
         return set(np.flatnonzero(self.is_missing).tolist())
@@ -86,12 +101,12 @@ class Dataset:
     @property
     def field_shape(self) -> tuple[int, ...]:
         """Shape of a field before its cells were put in one row."""
-        return tuple(self.parts[0].source.attributes.get("field_shape", (self.shape[3],)))
+        return tuple(self.attributes.get("field_shape", (self.shape[3],)))
 
     @property
     def resolution(self) -> str | None:
         """Name of the grid."""
-        return self.parts[0].source.attributes.get("resolution")
+        return self.attributes.get("resolution")
 
     @property
     def cell_order(self) -> tuple[Extra, ...]:

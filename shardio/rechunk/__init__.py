@@ -3,7 +3,9 @@
 A `Request` comes in; a dataset and a `Result` go out.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from shardio.lazy import fetch_from
 
 if TYPE_CHECKING:  # what __getattr__ gives at run time, for type checkers and editors
     from shardio.rechunk.execute import Progress, Result, run
@@ -20,10 +22,4 @@ _HOMES = {
     "run": "execute",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'shardio.rechunk' has no attribute {name!r}")
-    from importlib import import_module
-
-    return getattr(import_module(f"shardio.rechunk.{_HOMES[name]}"), name)
+__getattr__ = fetch_from(__name__, _HOMES)

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from shardio.errors import OutputError, ShardioError
+from shardio.format.files import sync_path
 from shardio.format.store import LocalStore
 from shardio.rechunk.blocks import execute_here
 from shardio.rechunk.plan import Task
 from shardio.rechunk.request import Prepared, Request
 from shardio.write import output
 from shardio.write.job import Job
-from shardio.write.writer import sync_folder
 from shardio.write.written import Written, WrittenDate
 
 Json = dict[str, Any]
@@ -75,7 +75,7 @@ def run(prepared: Prepared, report: Callable[[Progress], None] = lambda _: None)
                         coordinates.result()  # what is wrong with them is told now, not after days of fields
                 job.sweep()  # of workers killed in this run
                 if request.sync:
-                    sync_folder(job.dataset / "data")
+                    sync_path(job.dataset / "data")
             _check_unchanged(prepared)
             about, small = prepared.about, coordinates.result()
             output.finish_dataset(job.dataset, prepared.source, layout, written.crc, about, small, written.moments)

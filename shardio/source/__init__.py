@@ -3,7 +3,9 @@
 A path and a selection come in; a `Source` goes out, which fills an array with dates and cells.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from shardio.lazy import fetch_from
 
 if TYPE_CHECKING:  # what __getattr__ gives at run time, for type checkers and editors
     from shardio.source.open import open_source
@@ -13,10 +15,4 @@ __all__ = ["Selection", "Source", "open_source"]
 
 _HOMES = {"Selection": "source", "Source": "source", "open_source": "open"}
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'shardio.source' has no attribute {name!r}")
-    from importlib import import_module
-
-    return getattr(import_module(f"shardio.source.{_HOMES[name]}"), name)
+__getattr__ = fetch_from(__name__, _HOMES)

@@ -10,25 +10,24 @@ A chunk counts as written when the ledger says so, never because a file exists.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
 import shutil
 import time
-from collections.abc import Iterable
-from contextlib import ExitStack, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from shardio.errors import ChunkError, DatasetError, OutputError
+from shardio.errors import ChunkError, DatasetError, HeldError, OutputError
 from shardio.format.codec import crc32c
+from shardio.format.files import atomic, lock, remove_temporary, sync_path
 from shardio.format.layout import ArrayLayout
 from shardio.format.reader import NativeReader
-from shardio.write.writer import atomic_file, sync_folder
 from shardio.write.written import STATISTICS, Written, WrittenDate
 
 Json = dict[str, Any]
@@ -52,7 +51,7 @@ class Job:
         self.refuse_existing()  # before anything of this run is there
         self.folder.mkdir(exist_ok=True)
         self._open = ExitStack()
-        self._open.callback(os.close, _lock(self.folder))
+        self._open.enter_context(_hold(self.folder))
         try:
             self.refuse_existing()
             begun = self._begun(identity)
@@ -96,11 +95,7 @@ class Job:
 
     def sweep(self) -> None:
         """Remove what killed processes left half-written."""
-        with os.scandir(self.dataset / "data") as files:  # one by one: there may be millions
-            for file in files:
-                if file.name.endswith(".tmp"):
-                    with suppress(FileNotFoundError):
-                        os.unlink(file)
+        remove_temporary(self.dataset / "data")
 
     def record(self, dates: Iterable[WrittenDate], written: Written) -> None:
         """Note finished dates, which `written` has. A kill loses none; power loss the last second, written again."""
@@ -116,15 +111,15 @@ class Job:
         if self.sync:
             for parent, _, files in os.walk(self.dataset):
                 for name in files if Path(parent) != self.dataset / "data" else ():
-                    sync_folder(Path(parent) / name)
-                sync_folder(Path(parent))
+                    sync_path(Path(parent) / name)
+                sync_path(Path(parent))
         self.refuse_existing()  # somebody else may have put it there meanwhile
         if os.path.lexists(self.destination):
             replaced = self.folder / f"replaced.{time.time_ns()}"
             os.replace(self.destination, replaced)
         os.replace(self.dataset, self.destination)
         if self.sync:
-            sync_folder(self.destination.parent)
+            sync_path(self.destination.parent)
         shutil.rmtree(self.folder, ignore_errors=True)
         self.close()
         with suppress(OSError):  # NFS keeps the name of an open file, here the lock
@@ -170,8 +165,8 @@ class Job:
         return None
 
     def _begin(self, content: Json) -> None:
-        with atomic_file(self.folder / "job.json", sync=True) as file:
-            file.write([json.dumps(content, indent=1).encode()])
+        with atomic(self.folder / "job.json") as partial:
+            partial.write_text(json.dumps(content, indent=1))
 
     def _end_torn_line(self) -> None:
         if self._ledger.seek(0, os.SEEK_END):
@@ -205,10 +200,8 @@ def sweep_published(destination: Path) -> None:
     left = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
     if any(name.startswith("dataset-") for name in left) or not ("job.json" in left or left & LOCKS == left != set()):
         return
-    with suppress(OutputError):
-        lock = _lock(folder)
+    with suppress(OutputError), _hold(folder):
         shutil.rmtree(folder, ignore_errors=True)
-        os.close(lock)
 
 
 def refuse_unfinished(path: Path) -> None:
@@ -229,20 +222,18 @@ def refuse_unfinished(path: Path) -> None:
     )
 
 
-def _lock(folder: Path) -> int:
-    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise OutputError(f"another shardio process is writing {folder}. Wait for it, or stop it first.") from None
-    except OSError:
-        pass  # file systems without flock: one writer is then the user's promise
-    with suppress(FileNotFoundError):
-        if os.fstat(descriptor).st_ino == (folder / "lock").stat().st_ino:
-            return descriptor
-    os.close(descriptor)
-    raise OutputError(f"another shardio process has just finished {folder}. Look at its output first.")
+@contextmanager
+def _hold(folder: Path) -> Iterator[None]:
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(lock(folder / "lock"))
+        except HeldError:
+            raise OutputError(f"another shardio process is writing {folder}. Wait for it, or stop it first.") from None
+        except FileNotFoundError:
+            raise OutputError(
+                f"another shardio process has just finished {folder}. Look at its output first."
+            ) from None
+        yield
 
 
 def _difference(destination: Path, begun: Json, identity: Json) -> str:

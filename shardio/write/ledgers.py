@@ -5,37 +5,35 @@ One line per chunk: date, chunk, crc32c and bytes of what is stored. A chunk tha
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from shardio.errors import OutputError
+from shardio.errors import HeldError, OutputError
 from shardio.format.codec import crc32c
+from shardio.format.files import atomic, lock
 from shardio.format.layout import ArrayLayout
-from shardio.write.writer import atomic_file
 
 Chunks = dict[tuple[int, int], tuple[int, int]]  # date, grid-chunk: crc32c, bytes
 FIRST, OTHERS, RANKS = "ledger.jsonl", "ledger.*.jsonl", "ranks.lock"
 
 
-class Lock:
-    """The folder of a job, which one process holds alone, or several together, for as long as they live."""
+@contextmanager
+def lock_ranks(folder: Path, alone: bool) -> Iterator[None]:
+    """Hold the folder of a job for the time of the `with`: alone, or together with the other ranks.
 
-    def __init__(self, folder: Path, alone: bool):
-        self._descriptor = os.open(folder / RANKS, os.O_RDWR | os.O_CREAT, 0o666)
+    Raises: OutputError where ranks of another run hold it.
+    """
+    with ExitStack() as stack:
         try:
-            fcntl.flock(self._descriptor, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._descriptor)
+            stack.enter_context(lock(folder / RANKS, shared=not alone))
+        except HeldError:
             raise OutputError(
                 f"{folder}: ranks of an earlier run are still writing. Wait until they have ended, or stop them."
             ) from None
-        except OSError:
-            pass  # file systems without flock: one run at a time is then the user's promise
-
-    def close(self) -> None:
-        os.close(self._descriptor)
+        yield
 
 
 def line(date: int, chunk: int, crc: int, nbytes: int) -> str:
@@ -71,8 +69,8 @@ def there(said: Chunks, data: Path, layout: ArrayLayout, check: bool = False) ->
 
 def merge(folder: Path, chunks: Chunks, sync: bool) -> None:
     """One ledger instead of many."""
-    with atomic_file(folder / FIRST, sync) as file:
-        file.write([line(*key, *pair).encode() for key, pair in sorted(chunks.items())])
+    with atomic(folder / FIRST, sync) as partial:
+        partial.write_text("".join(line(*key, *pair) for key, pair in sorted(chunks.items())))
     for ledger in folder.glob(OTHERS):
         ledger.unlink()
 

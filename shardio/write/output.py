@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 
 from shardio.dates import frequency
 from shardio.format.codec import Codec, crc32c
+from shardio.format.files import atomic
 from shardio.format.layout import DIMENSIONS, ArrayLayout
 from shardio.source.source import STATISTICS, Extra, Source
 from shardio.write import statistics
-from shardio.write.writer import atomic_file
 
 Json = dict[str, Any]
 FORMAT_VERSION = 1
@@ -39,8 +39,8 @@ def begin_data(folder: Path, layout: ArrayLayout, attributes: Mapping[str, Any])
     else:
         files = {"zarr.json": {**layout.metadata(), "attributes": attributes}}
     for name, content in files.items():
-        with atomic_file(data / name, sync=True) as file:
-            file.write([json.dumps(content, indent=2).encode()])
+        with atomic(data / name) as partial:
+            partial.write_text(json.dumps(content, indent=2))
 
 
 def create_coordinates(folder: Path, source: Source, layout: ArrayLayout) -> Json:

@@ -34,7 +34,6 @@ from shardio.format.reader import NativeReader
 from shardio.source.source import Extra, Source
 from shardio.write import ledgers, output
 from shardio.write.job import Job, Json, partial_of, read_job
-from shardio.write.ledgers import Lock
 from shardio.write.writer import ChunkWriter
 
 
@@ -138,7 +137,7 @@ class ShardedWriter:
             closing(Job(self.path, self._identity, self._command, self._sync, self._overwrite))
         )
         folder = self._job.folder
-        with closing(Lock(folder, alone=True)):  # ranks that outlived the first one would still write
+        with ledgers.lock_ranks(folder, alone=True):  # ranks that outlived the first one would still write
             said = ledgers.read(folder) if self._job.resumed else {}
             output.begin_data(self._job.dataset, self.layout, {})
             self._job.sweep()
@@ -149,7 +148,7 @@ class ShardedWriter:
     def _join(self) -> None:
         """Of every rank: see what is written, and be ready to write."""
         folder = partial_of(self.path)
-        self._open.enter_context(closing(Lock(folder, alone=False)))
+        self._open.enter_context(ledgers.lock_ranks(folder, alone=False))
         begun = read_job(self.path)
         if begun is None or begun["identity"] != json.loads(json.dumps(self._identity)):
             raise OutputError(

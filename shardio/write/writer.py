@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardio.format.codec import crc32c
+from shardio.format.files import atomic
 from shardio.format.layout import ENCODED_AHEAD, ArrayLayout
 from shardio.format.scratch import Scratch
 from shardio.write.statistics import Moments, moments
@@ -77,8 +78,9 @@ class ChunkWriter:
 
     def save(self, date: int, chunk: int, parts: list[bytes], stored: StoredChunk) -> StoredChunk:
         """Write an encoded chunk into its own file."""
-        with atomic_file(self.folder / self.layout.file_of((date, 0, 0, chunk))[0], self._sync) as file:
-            file.write(parts)
+        path = self.folder / self.layout.file_of((date, 0, 0, chunk))[0]
+        with atomic(path, self._sync) as partial, partial.open("xb") as file:
+            file.writelines(parts)
         return stored
 
 
@@ -126,18 +128,23 @@ class ZarrShard:
     def _append(self, parts: list[bytes], stored: StoredChunk) -> StoredChunk:
         self._index.append((self._end, stored.nbytes))
         self._end += stored.nbytes
-        self._file.write(parts)
+        self._file.writelines(parts)
         return stored
 
     def __enter__(self) -> ZarrShard:
-        self._file = atomic_file(self._path, self._sync)
+        with ExitStack() as stack:
+            partial = stack.enter_context(atomic(self._path, self._sync))
+            self._file = stack.enter_context(partial.open("xb"))
+            self._open = stack.pop_all()
         return self
 
-    def __exit__(self, kind: object, *_: object) -> None:
-        if kind is None:
+    def __exit__(self, *error: Any) -> None:
+        if error[0] is not None:
+            self._open.__exit__(*error)
+            return
+        with self._open:
             index = np.array(self._index, "<u8").tobytes()
-            self._file.write([index, crc32c(index).to_bytes(4, "little")])
-        self._file.__exit__(kind)
+            self._file.writelines([index, crc32c(index).to_bytes(4, "little")])
 
 
 class AtOnce(Executor):
@@ -158,46 +165,6 @@ def _lookahead(pool: Executor, function: Any, items: list[Any], ahead: int) -> I
             yield waiting.popleft().result()
     while waiting:
         yield waiting.popleft().result()
-
-
-class atomic_file:  # noqa: N801, used as a function
-    """A file that gets its name when it is complete: a kill leaves `NAME.<random>.tmp`, never half a NAME."""
-
-    def __init__(self, path: Path, sync: bool):
-        self._path, self._sync = path, sync
-        # Random: containers share process ids, and a lost worker may still write what another writes again.
-        self._temporary = path.with_name(f"{path.name}.{os.urandom(4).hex()}.tmp")
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-        self._descriptor = os.open(self._temporary, flags, 0o666)
-
-    def write(self, parts: list[Any]) -> None:
-        for part in parts:
-            view = memoryview(part).cast("B")
-            while view:
-                view = view[os.write(self._descriptor, view) :]
-
-    def __enter__(self) -> atomic_file:
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        try:
-            if kind is None and self._sync:
-                os.fsync(self._descriptor)
-        finally:
-            os.close(self._descriptor)
-        if kind is None:
-            os.replace(self._temporary, self._path)
-        else:
-            self._temporary.unlink(missing_ok=True)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def chunk_slices(piece: slice, chunk_cells: int) -> list[slice]:

@@ -17,8 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from shardio.format.codec import crc32c
+from shardio.format.files import atomic
 from shardio.write.statistics import Moments, merge
-from shardio.write.writer import StoredChunk, atomic_file
+from shardio.write.writer import StoredChunk
 
 STATISTICS = "statistics.json"
 CHUNK = np.dtype([("crc", "<u4"), ("nbytes", "<u8")])
@@ -91,8 +92,8 @@ class Written:
             return
         dates = b64encode(np.packbits(self.summed).tobytes()).decode()
         content = json.dumps([dates, self.moments.to_json()]).encode()
-        with atomic_file(file, sync) as opened:
-            opened.write([b"%d\n" % crc32c(content), content])
+        with atomic(file, sync) as partial:
+            partial.write_bytes(b"%d\n" % crc32c(content) + content)
 
     def load_moments(self, file: Path) -> None:
         """What `save_moments` kept; nothing where power loss left half of it."""

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shardio import Dataset, ShardedDataLoader, Topology, open_dataset
+from shardio import Dataset, ShardedDataLoader, Topology, keep_freed_memory, open_dataset
 from shardio.load.partition import Partition, partition
 from shardio.rechunk import prepare, run
 from shardio.rechunk.blocks import execute_here
@@ -95,6 +95,7 @@ class Rechunk:
         clock = Clock()
         shutil.rmtree(self._output, ignore_errors=True)
         clock.lap("empty the folder")
+        keep_freed_memory()  # as the command does
         prepared = prepare(self._site.request(self._output, self._scheduler))
         clock.lap("plan")
         self.units, self._tasks = run(prepared).dates, len(prepared.plan.tasks)

@@ -146,7 +146,7 @@ def _field(options: Namespace) -> tuple[Field, tuple[str, ...], int]:
         assert dataset is not None
         chunk_cells = dataset.chunk_cells
         places, name = (dataset.latitudes, dataset.longitudes), str(data.dataset)
-        stored = len(dataset.parts[0].source.variables) if hasattr(dataset.parts[0].source, "variables") else len(names)
+        stored = dataset.stored_variables
     else:
         places, name, chunk_cells, stored = octahedral(options.grid)[:2], options.grid, None, len(names)
     if options.grid_chunks is not None:

@@ -16,6 +16,7 @@ from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
+from shardio import atomic, remove_temporary
 from shardio.errors import OutputError
 from trainer.model.saved import first_line, load
 
@@ -25,19 +26,11 @@ class AtomicCheckpointIO(CheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         target = Path(path)
-        partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            with partial.open("wb") as file:
+            with atomic(target) as partial, partial.open("wb") as file:
                 torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(target)
-        except BaseException as error:
-            with suppress(OSError):
-                partial.unlink()
-            if not isinstance(error, OSError | RuntimeError):  # torch reports a full disk as RuntimeError
-                raise  # an interrupt
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
             raise OutputError(
                 f"the checkpoint {target} cannot be written: {first_line(str(error))}. The previous checkpoint is "
                 "untouched. Free space, then resume from it with --ckpt_path last."
@@ -71,8 +64,7 @@ class KeepLast(Checkpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._step = trainer.global_step
         if trainer.is_global_zero:
-            for left_by_a_kill in self.path.parent.glob(".*.partial"):
-                left_by_a_kill.unlink(missing_ok=True)
+            remove_temporary(self.path.parent)  # left by a kill
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """At the last batch of an epoch it waits for the validation."""

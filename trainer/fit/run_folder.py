@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 import shutil
-import socket
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 
-from shardio.errors import DatasetError, OutputError
+from shardio import lock
+from shardio.errors import DatasetError, HeldError, OutputError
 from trainer.model.saved import step_of
 
 RUN = "run"  # where it is unless --output says else
@@ -69,29 +67,19 @@ def claim(folder: Path) -> Iterator[None]:
 
     Raises: OutputError if another process holds it, or the folder cannot be written.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        raise OutputError(f"the folder {folder} cannot be written: {error}. Choose another with --output.") from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = os.pread(descriptor, 200, 0).decode(errors="replace")
-        os.close(descriptor)
-        raise OutputError(
-            f"another `trainer fit` is writing to {folder}: {holder}. Wait for it, or choose another folder with "
-            "--output."
-        ) from None
-    except OSError:
-        pass  # file systems without flock: one writer is then the user's promise
-    with suppress(OSError):  # a full disk is told by the first checkpoint
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
-    try:
+    with ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(lock(folder / LOCK))
+        except HeldError as error:
+            raise OutputError(
+                f"another `trainer fit` is writing to {folder}: {error} Or choose another folder with --output."
+            ) from None
+        except OSError as error:
+            raise OutputError(
+                f"the folder {folder} cannot be written: {error}. Choose another with --output."
+            ) from error
         yield
-    finally:
-        os.close(descriptor)
 
 
 class Replace(Callback):

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import zipfile
 import zlib
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ import numpy as np
 import scipy
 from numpy.typing import NDArray
 
+from shardio import atomic
 from shardio.errors import OutputError
 
 CACHE_FORMAT = 3  # raise it with every change to what is built
@@ -31,16 +30,11 @@ def cache_path(folder: Path, coordinates: tuple[NDArray[np.float64], ...], input
 
 def save(path: Path, arrays: Arrays) -> None:
     """Under another name first: what has the right name is whole."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]
-            os.fsync(file.fileno())
-        partial.replace(path)
+        with atomic(path) as partial:
+            np.savez(partial, **arrays)  # type: ignore[arg-type]
     except OSError as error:
-        with suppress(OSError):
-            partial.unlink()
         raise OutputError(
             f"the graph cannot be kept in {path.parent}: {error}. Free space, or cache elsewhere."
         ) from error

@@ -127,7 +127,7 @@ def evaluate(
     if not any(reader.knows(date) for one in opened for date in one.dates):
         last = max(one.dates[-1] for one in opened)
         raise SelectionError(
-            f"there is no truth to compare with: {truth.parts[0].source.path} ends {truth.dates[-1]}, and has none of "
+            f"there is no truth to compare with: {truth.paths[0]} ends {truth.dates[-1]}, and has none of "
             f"the lead times until {last}. Give a dataset that has, or forecast from an earlier date."
         )
     usual, about = reader.climatology(_period(truth, period, min(starts)))
@@ -152,10 +152,9 @@ def evaluate(
 
 def initial_date(forecast: Dataset) -> np.datetime64:
     """Of a forecast that `trainer predict` wrote."""
-    source = forecast.parts[0].source
-    about = source.attributes.get("forecast")
+    about = forecast.attributes.get("forecast")
     if about is None:
-        raise DatasetError(f"{source.path} is no forecast of `trainer predict`. Give one of its outputs.")
+        raise DatasetError(f"{forecast.paths[0]} is no forecast of `trainer predict`. Give one of its outputs.")
     return np.datetime64(about["initial_date"], "s")
 
 
@@ -185,7 +184,7 @@ class Reader:
     def __init__(self, truth: Dataset, variables: Sequence[str], cells: slice):
         self._truth, self._cells = truth, cells
         self._places = [truth.variables.index(name) for name in variables]
-        about = truth.parts[0].source.attributes.get("synthetic")
+        about = truth.attributes.get("synthetic")
         self._waves = None
         if about is not None and set(variables) <= set(RossbyWaves.variables):
             self._waves = RossbyWaves(truth.latitudes[cells], truth.longitudes[cells], about["seed"])
@@ -242,11 +241,11 @@ def _period(truth: Dataset, period: tuple[Any, Any] | None, start: np.datetime64
 
 def _check_alike(forecasts: Sequence[Dataset], truth: Dataset) -> None:
     first = forecasts[0]
-    path = first.parts[0].source.path
+    path = first.paths[0]
     for other in forecasts:
         if other.variables != first.variables or other.shape != first.shape:
             raise SelectionError(
-                f"{other.parts[0].source.path} {other.shape} and {path} {first.shape} have other variables, lead times "
+                f"{other.paths[0]} {other.shape} and {path} {first.shape} have other variables, lead times "
                 "or members. Evaluate forecasts of one kind together."
             )
     if not np.array_equal(first.latitudes, truth.latitudes) or not np.array_equal(first.longitudes, truth.longitudes):

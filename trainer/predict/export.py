@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 import shardio
+from shardio import atomic
 from shardio.errors import DatasetError, OutputError, PlanError
 from trainer.model.forecaster import Forecaster, known_or_mean, put, without_value
 from trainer.predict.forecast import Forecast
@@ -204,9 +204,7 @@ def _in_place_of(target: Path) -> Iterator[Path]:
     """A path to write to, which gets the target's name when all went well."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".export-") as folder:
-            partial = Path(folder) / target.name
+        with atomic(target) as partial:
             yield partial
-            partial.replace(target)
     except OSError as error:
         raise OutputError(f"{target} cannot be written: {error}. Give a folder with room.") from error

@@ -13,7 +13,7 @@ import netCDF4
 import numpy as np
 from numpy.typing import NDArray
 
-from shardio import Dataset, open_dataset
+from shardio import Dataset, atomic, open_dataset
 from shardio.errors import OutputError
 
 CONVENTIONS = "CF-1.8"
@@ -51,31 +51,25 @@ def export(
     """
     dataset, target = open_dataset(source), Path(path)
     refuse_own_names(dataset.variables)
-    identity = json.dumps(dataset.parts[0].source.attributes.get("shardio", {}), sort_keys=True)
+    identity = json.dumps(dataset.attributes.get("shardio", {}), sort_keys=True)
     origin = sha256(identity.encode()).hexdigest()
     if target.exists() and not overwrite:
         if _origin_of(target) == origin:
             return False
         raise OutputError(f"{target} exists and is something else. Use --overwrite to replace it, or move it.")
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
-        with netCDF4.Dataset(partial, "w", format="NETCDF4") as file:
+        with atomic(target) as partial, netCDF4.Dataset(partial, "w", format="NETCDF4") as file:
             _write(file, dataset, origin, report)
-        with partial.open("rb") as written:
-            os.fsync(written.fileno())
-        partial.replace(target)
     except (OSError, RuntimeError) as error:  # netCDF4 reports a full disk as RuntimeError, and does not say so
         raise OutputError(
             f"{target} cannot be written: {error}. See that its folder is there, may be written, and has space, then "
             "run it again."
         ) from error
-    finally:
-        partial.unlink(missing_ok=True)
     return True
 
 
 def _write(file: Any, dataset: Dataset, origin: str, report: Callable[[int, int], None]) -> None:
-    about = dataset.parts[0].source.attributes
+    about = dataset.attributes
     file.setncatts({"Conventions": CONVENTIONS, "title": about.get("description", ""), "source_digest": origin})
     file.setncatts({key: value for key, value in about.get("forecast", {}).items() if isinstance(value, str)})
     horizontal, shape, coordinates = _write_places(file, dataset)

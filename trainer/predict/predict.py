@@ -158,7 +158,7 @@ def _attributes(trained: Trained, dataset: Dataset, names: tuple[str, ...]) -> d
 
 def _about_statistics(dataset: Dataset) -> dict[str, Any]:
     """They are those of the dataset, not of the forecast."""
-    about = dataset.parts[0].source.attributes
+    about = dataset.attributes
     return {name: about[name] for name in ("statistics_start_date", "statistics_end_date") if name in about}
 
 
@@ -170,7 +170,7 @@ def _about_precision(trained: Trained, precision: str | int | None) -> dict[str,
 
 def _names(dataset: Dataset) -> list[str]:
     """Of what the forecast starts from; a folder may be called otherwise on another machine."""
-    return sorted({Path(part.source.path).name for part in dataset.parts})
+    return sorted({Path(path).name for path in dataset.paths})
 
 
 def write(

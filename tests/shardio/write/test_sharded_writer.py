@@ -19,7 +19,7 @@ from shardio import Description, ShardedWriter, open_dataset
 from shardio.check import verify
 from shardio.errors import DatasetError, OutputError
 from shardio.write.job import partial_of
-from shardio.write.ledgers import Lock
+from shardio.write.ledgers import lock_ranks
 from shardio.write.sharded_writer import is_complete
 
 CELLS, CHUNK, DATES, VARIABLES = 103, 20, 12, ("t", "q")
@@ -200,10 +200,9 @@ def test_ranks_that_disagree_all_stop(tmp_path: Path) -> None:
 def test_a_rank_that_outlived_its_run_is_waited_for(tmp_path: Path) -> None:
     path = tmp_path / "a.zarr"
     stop_on_three(path, 2)
-    left = Lock(path.with_name("a.zarr.partial"), alone=False)
-    found = write_on_three(path)
+    with lock_ranks(path.with_name("a.zarr.partial"), alone=False):
+        found = write_on_three(path)
     assert all("ranks of an earlier run are still writing" in str(error) for error in found)
-    left.close()
     assert write_on_three(path) == [{0, 1}] * 3
 
 

@@ -1,5 +1,4 @@
 import os
-import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -10,46 +9,7 @@ import zarr
 from shardio.format.codec import named
 from shardio.format.layout import grid_chunked
 from shardio.write.output import begin_data
-from shardio.write.writer import ChunkWriter, atomic_file, chunk_slices
-
-
-def test_a_file_gets_its_name_only_when_complete(tmp_path):
-    with pytest.raises(RuntimeError), atomic_file(tmp_path / "a", sync=False) as file:
-        file.write([b"half"])
-        assert not (tmp_path / "a").exists()
-        raise RuntimeError
-    assert list(tmp_path.iterdir()) == []
-    with atomic_file(tmp_path / "a", sync=True) as file:
-        file.write([b"wh", memoryview(b"ole")])
-    assert [path.name for path in tmp_path.iterdir()] == ["a"]
-    assert (tmp_path / "a").read_bytes() == b"whole"
-
-
-def test_a_failed_rewrite_leaves_the_old_file(tmp_path):
-    (tmp_path / "a").write_bytes(b"old")
-    with pytest.raises(OSError, match="write"), atomic_file(tmp_path / "a", sync=False) as file:
-        file.write([b"new"])
-        raise OSError("cannot write")
-    assert (tmp_path / "a").read_bytes() == b"old"
-    assert len(list(tmp_path.iterdir())) == 1
-
-
-def test_many_writers_of_one_file_leave_one_whole_file(tmp_path):
-    """As after a retry of a task whose first worker was only thought lost."""
-    together = threading.Barrier(4)
-
-    def write(number):
-        together.wait()
-        with atomic_file(tmp_path / "a", sync=False) as file:
-            for _ in range(50):
-                file.write([bytes([number]) * 1000])
-
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(write, range(4)))
-    content = (tmp_path / "a").read_bytes()
-    assert len(content) == 50_000
-    assert len(set(content)) == 1
-    assert os.listdir(tmp_path) == ["a"]
+from shardio.write.writer import ChunkWriter, chunk_slices
 
 
 @pytest.mark.parametrize("zarr_format", [2, 3])

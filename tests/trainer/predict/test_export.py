@@ -49,7 +49,7 @@ def loaded(exported: Exported) -> Loaded:
 
 def fields_at(start: str, forecast: Forecast, about: dict[str, Any]) -> Tensor:
     """[1, input time, ensemble, cells, inputs] as they are stored."""
-    chosen = open_dataset(forecast.dataset.parts[0].source.path, select=about["inputs"])
+    chosen = open_dataset(forecast.dataset.paths[0], select=about["inputs"])
     last = int(np.searchsorted(chosen.dates, np.datetime64(start, "s")))
     fields = chosen[last + 1 - about["input_steps"] : last + 1]
     return torch.from_numpy(np.ascontiguousarray(fields.transpose(0, 2, 3, 1)))[None]

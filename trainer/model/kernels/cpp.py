@@ -14,12 +14,13 @@ import shlex
 import shutil
 import stat
 import subprocess
-import tempfile
 from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from shardio import atomic
 
 logger = logging.getLogger(__name__)
 
@@ -54,10 +55,8 @@ def _library() -> Path:
     folder = _cache_folder()
     library = folder / f"attention-{digest.hexdigest()[:32]}.so"
     if not library.exists():
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".attention-") as making:
-            partial = Path(making) / "attention.so"
+        with atomic(library) as partial:
             _run([*compiler, *flags, str(SOURCE), "-o", str(partial)])
-            partial.replace(library)
     return library
 
 
