@@ -80,7 +80,10 @@ def frequency_seconds(dates: Dates) -> int | None:
 
 
 def parse_step(text: str) -> int:
-    """`6h` -> 21600; also d, m, s."""
+    """`6h` -> 21600; also d, m, s.
+
+    Raises: SelectionError where it is no step.
+    """
     match = re.fullmatch(r"\s*(\d+)\s*([dhms])\s*", str(text))
     if not match or int(match[1]) == 0:
         raise SelectionError(f"{text!r} is not a step in time. Write 6h, 1d, 30m or 45s.")

@@ -8,7 +8,7 @@ from typing import Any
 
 
 def fetch_from(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
-    """The `__getattr__` of a package.
+    """The `__getattr__` of a package, which raises AttributeError for any other name.
 
     Args: homes: by public name, the module below `package` that has it.
     """

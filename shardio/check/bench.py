@@ -29,6 +29,8 @@ def measure(path: str, ranks: int, rounds: int = ROUNDS, most_dates: int = 16) -
     """Seconds per date of rank 0 of `ranks`, by contender: medians of alternating rounds, page cache warm.
 
     `limit` preads and decodes the same bytes into reused buffers on all cores and does nothing else.
+
+    Raises: SelectionError where there are too few dates, or files that are not local.
     """
     dataset = open_dataset(path)
     dates = [i for i in range(len(dataset)) if not dataset.is_missing[i]][:most_dates]

@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from shardio import __version__
-from shardio.cli.parameters import ByteSize, Names, together
+from shardio.cli.parameters import ByteSize, Names, join_names
 from shardio.errors import ShardioError
 
 Json = dict[str, Any]
@@ -67,7 +67,7 @@ def main(debug: bool) -> None:
     """
 
 
-names_option = partial(click.option, type=Names(), multiple=True, callback=together)
+names_option = partial(click.option, type=Names(), multiple=True, callback=join_names)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 
 
@@ -213,7 +213,7 @@ def verify(path: str, source: str | None, repair: bool, as_json: bool) -> None:
     """
     from shardio.check import verify as checks
     from shardio.cli.progress import display
-    from shardio.cli.report import verdict
+    from shardio.cli.report import tell_faults
 
     if repair and not source:
         raise click.UsageError("--repair writes chunks again from the source: name it with --source.")
@@ -232,7 +232,7 @@ def verify(path: str, source: str | None, repair: bool, as_json: bool) -> None:
     else:
         for fault in faults:
             click.echo(fault)
-        click.echo(verdict(path, source, len(faults), repaired))
+        click.echo(tell_faults(path, source, len(faults), repaired))
     sys.exit(1 if faults else 0)
 
 

@@ -8,7 +8,7 @@ import time
 import click
 
 from shardio.cli.progress import display
-from shardio.cli.report import fact, plan_as_json, plan_as_text
+from shardio.cli.report import plan_as_json, plan_as_text, tell_result
 from shardio.rechunk import cluster
 from shardio.rechunk.allocator import keep_freed_memory
 from shardio.rechunk.execute import Progress, run
@@ -37,4 +37,4 @@ def make(request: Request, dry_run: bool, as_json: bool) -> None:
 
         result = run(prepared, report)
     seconds = time.monotonic() - began
-    click.echo(json.dumps({**vars(result), "seconds": seconds}) if as_json else fact(result, seconds))
+    click.echo(json.dumps({**vars(result), "seconds": seconds}) if as_json else tell_result(result, seconds))

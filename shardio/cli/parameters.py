@@ -23,7 +23,7 @@ class ByteSize(click.ParamType[int]):
         return int(float(match[1]) * base ** ["", "K", "M", "G", "T"].index(match[2].upper()))
 
 
-def together(ctx: click.Context, param: click.Parameter, several: tuple[tuple[str, ...], ...]) -> tuple[str, ...]:
+def join_names(ctx: click.Context, param: click.Parameter, several: tuple[tuple[str, ...], ...]) -> tuple[str, ...]:
     """An option of names given more than once: all of them, in order."""
     return tuple(name for names in several for name in names)
 

@@ -46,16 +46,16 @@ def plan_as_text(prepared: Prepared) -> str:
     dates, variables, ensemble, cells = layout.shape
     memory = f"memory at most {size(plan.peak_memory)}"
     if prepared.request.scheduler:
-        who, memory = f"every worker of the cluster: {counted(plan.threads, 'thread')}", f"{memory} in each worker"
+        who, memory = f"every worker of the cluster: {count(plan.threads, 'thread')}", f"{memory} in each worker"
     else:
         processes = f"{plan.workers} processes x " if plan.workers > 1 else ""
-        who = f"{processes}{counted(plan.threads, 'thread')}"
-    pieces = counted(len(plan.pieces), "piece") + " each" * (len(plan.tasks) > 1)
+        who = f"{processes}{count(plan.threads, 'thread')}"
+    pieces = count(len(plan.pieces), "piece") + " each" * (len(plan.tasks) > 1)
     lines = [
-        f"plan: {counted(dates, 'date')}, {counted(variables, 'variable')}, {counted(ensemble, 'member')}, "
+        f"plan: {count(dates, 'date')}, {count(variables, 'variable')}, {count(ensemble, 'member')}, "
         f"{cells} cells -> {layout.grid[3]} grid-chunks of {layout.chunks[3]} cells, Zarr v{layout.zarr_format}, "
         f"{layout.codec}",
-        f"  {counted(len(plan.tasks), 'task')} in {pieces}; {who}, {counted(plan.in_flight, 'task')} in flight",
+        f"  {count(len(plan.tasks), 'task')} in {pieces}; {who}, {count(plan.in_flight, 'task')} in flight",
         f"  read {size(plan.bytes_read)} (amplification {plan.amplification:.2f}), "
         f"write {size(plan.bytes_written)} before compression, {memory}",
     ]
@@ -68,12 +68,12 @@ def plan_as_text(prepared: Prepared) -> str:
     return "\n".join(lines)
 
 
-def fact(result: Result, seconds: float) -> str:
+def tell_result(result: Result, seconds: float) -> str:
     """What a run ends with."""
     if result.already_complete:
         return (
-            f"{result.destination} is already complete: {counted(result.resumed_dates, 'date')} x "
-            f"{counted(result.grid_chunks, 'chunk')}; nothing was written"
+            f"{result.destination} is already complete: {count(result.resumed_dates, 'date')} x "
+            f"{count(result.grid_chunks, 'chunk')}; nothing was written"
         )
     resumed = f" ({result.resumed_dates} dates were there already)" if result.resumed_dates else ""
     rate = result.nbytes / max(seconds, 1e-9) / 2**30
@@ -83,16 +83,16 @@ def fact(result: Result, seconds: float) -> str:
     )
 
 
-def counted(count: int, what: str) -> str:
+def count(number: int, what: str) -> str:
     """1 task, 2 tasks."""
-    return f"{count} {what}{'s' * (count != 1)}"
+    return f"{number} {what}{'s' * (number != 1)}"
 
 
-def verdict(path: str, source: str | None, faults: int, repaired: int) -> str:
+def tell_faults(path: str, source: str | None, faults: int, repaired: int) -> str:
     """What verify says last."""
-    fixed = f"{counted(repaired, 'date')} repaired; " if repaired else ""
+    fixed = f"{count(repaired, 'date')} repaired; " if repaired else ""
     if faults:
         remedy = f"Repair chunks with: shardio verify {path} --source SOURCE --repair"
-        return f"{fixed}{path}: {counted(faults, 'fault')}. {remedy}"
+        return f"{fixed}{path}: {count(faults, 'fault')}. {remedy}"
     equal = f" and every value equals {source}" if source else ""
     return f"{fixed}{path}: all checksums match{equal}"

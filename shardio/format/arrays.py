@@ -22,7 +22,10 @@ STREAMED = 2**20  # bytes of a buffer; blocks of blosc are smaller
 
 
 def small_array(store: Store, name: str) -> NDArray[Any] | None:
-    """All values of the array `name`; None where there is none."""
+    """All values of the array `name`; None where there is none.
+
+    Raises: DatasetError where it is damaged, or stored in a way that is not known here.
+    """
     metadata = array_metadata(store, name)
     if metadata is None:
         return None

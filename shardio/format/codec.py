@@ -27,7 +27,10 @@ class Codec:
     blocksize: int = 0
 
     def encode(self, values: NDArray[Any]) -> bytes:
-        """Compress contiguous `values`; returns bytes of their own, never a view."""
+        """Compress contiguous `values`; returns bytes of their own, never a view.
+
+        Raises: ShardioError where this codec is only read.
+        """
         from numcodecs import blosc, zstd
 
         if self.kind == "blosc":
@@ -101,7 +104,10 @@ NAMED = {
 
 
 def named(name: str) -> Codec:
-    """The codec of a `--codec` name."""
+    """The codec of a `--codec` name.
+
+    Raises: ShardioError where there is no such codec.
+    """
     if name not in NAMED:
         raise ShardioError(f"unsupported codec {name!r}. Use one of: {', '.join(NAMED)}.")
     return NAMED[name]

@@ -216,6 +216,8 @@ def grid_chunked(shape: tuple[int, int, int, int], grid_chunks: int, zarr_format
     """The layout shardio writes: float32, one date cut into `grid_chunks` chunks of ceil(cells / grid_chunks).
 
     Zarr v2 keeps one file per chunk; Zarr v3 packs the chunks of a date into one Zarr shard.
+
+    Raises: PlanError where the cells cannot be cut into so many equal chunks.
     """
     _, variables, ensemble, cells = shape
     if not 1 <= grid_chunks <= cells:

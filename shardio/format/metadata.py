@@ -16,7 +16,10 @@ def array_metadata(store: Store, name: str) -> Json | None:
 
 
 def group_attributes(store: Store, name: str = "") -> Json:
-    """Attributes of a group or array in either Zarr format."""
+    """Attributes of a group or array in either Zarr format.
+
+    Raises: DatasetError where they are no JSON object.
+    """
     prefix = f"{name}/" if name else ""
     v3 = read_json(store, f"{prefix}zarr.json")
     found = v3.get("attributes", {}) if v3 is not None else read_json(store, f"{prefix}.zattrs") or {}

@@ -130,7 +130,10 @@ def remote_context() -> Any:
 
 
 def open_store(url: str | os.PathLike[str]) -> Store:
-    """The store behind a path or address."""
+    """The store behind a path or address.
+
+    Raises: DatasetError where the path is empty, or the server does not answer.
+    """
     text = os.fspath(url)
     if not text:
         raise DatasetError("the path of the dataset is empty. Name a dataset.")

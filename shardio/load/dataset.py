@@ -216,6 +216,8 @@ def open_dataset(
       select, drop: stored names of variables to keep (in this order) or to leave out.
       rename: new names by stored names.
       statistics: take the statistics, also those of tendencies, of another dataset.
+    Raises: DatasetError where there is no such dataset, or it is incomplete or damaged; SelectionError where what is
+      selected is not in it.
     """
     several = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
     if not several:

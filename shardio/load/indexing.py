@@ -12,6 +12,8 @@ def expand(index: Any, ndim: int) -> tuple[tuple[Any, ...], int | None]:
     """One item per axis: an ellipsis and absent trailing axes become whole slices; and where the ellipsis stood.
 
     NumPy takes integers and lists on both sides of an ellipsis as apart, also where it stands for no axis.
+
+    Raises: IndexError where there are more indices than axes.
     """
     items = index if isinstance(index, tuple) else (index,)
     dots = [i for i, item in enumerate(items) if item is Ellipsis]
@@ -23,7 +25,10 @@ def expand(index: Any, ndim: int) -> tuple[tuple[Any, ...], int | None]:
 
 
 def outer(item: Any, n: int) -> tuple[Sequence[int], Any]:
-    """(indices to read along one axis, increasing and without repeats; the index that picks the answer from them)."""
+    """(indices to read along one axis, increasing and without repeats; the index that picks the answer from them).
+
+    Raises: IndexError where it is out of bounds.
+    """
     if isinstance(item, slice):
         wanted = range(*item.indices(n))
         return (wanted, slice(None)) if wanted.step > 0 else (wanted[::-1], slice(None, None, -1))

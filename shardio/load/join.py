@@ -41,7 +41,10 @@ class Joined:
 
 
 def join(sources: Sequence[AnemoiSource]) -> Joined:
-    """By variables where the dates are equal, in time where the variables are."""
+    """By variables where the dates are equal, in time where the variables are.
+
+    Raises: DatasetError where neither are equal.
+    """
     first = sources[0]
     for other in sources[1:]:
         if not (

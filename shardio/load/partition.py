@@ -71,7 +71,10 @@ def balanced(cells: int, ranks: int) -> tuple[int, ...]:
 
 
 def partition(cells: int, ranks: int, chunk_cells: int) -> Partition:
-    """Cut along the chunk grid where that divides evenly or costs at most 5 % imbalance; else to +-1 cell."""
+    """Cut along the chunk grid where that divides evenly or costs at most 5 % imbalance; else to +-1 cell.
+
+    Raises: PlanError where there are more ranks than cells.
+    """
     if not 1 <= ranks <= cells:
         raise PlanError(f"{cells} cells cannot be cut over {ranks} ranks. Use 1 to {cells} ranks.")
     chunks = math.ceil(cells / chunk_cells)

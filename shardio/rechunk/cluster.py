@@ -35,7 +35,10 @@ SECONDS_BETWEEN_COUNTS = 0.2  # of the workers
 def execute(
     request: Request, layout: ArrayLayout, plan: Plan, folder: Path, todo: list[Task]
 ) -> Iterator[list[WrittenDate]]:
-    """Run tasks on the cluster, a bounded number submitted at a time, and give back what each wrote."""
+    """Run tasks on the cluster, a bounded number submitted at a time, and give back what each wrote.
+
+    Raises: OutputError where the scheduler, or all workers that tried a task, were lost; PlanError where none answers.
+    """
     from distributed import as_completed
     from distributed.client import FutureCancelledError
     from distributed.comm.core import CommClosedError

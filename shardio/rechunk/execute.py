@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from shardio.errors import OutputError, ShardioError
+from shardio.errors import OutputError
 from shardio.format.files import sync_path
 from shardio.format.store import LocalStore
 from shardio.rechunk.blocks import execute_here
@@ -49,14 +50,18 @@ class Result:
 
 
 def run(prepared: Prepared, report: Callable[[Progress], None] = lambda _: None) -> Result:
-    """Write what is not yet written, publish, and close the source; interrupted at any point, call it again."""
+    """Write what is not yet written, publish, and close the source; interrupted at any point, call it again.
+
+    Raises: ChunkError where the source is damaged; OutputError where the output cannot be written, belongs to another
+      run, or the source changed meanwhile.
+    """
     request, layout = prepared.request, prepared.layout
     if prepared.is_complete:
         prepared.source.close()
         stored = sum(LocalStore(request.destination).sizes("data").values())
         return Result(request.destination, 0, layout.shape[0], layout.grid[3], 0, stored, already_complete=True)
     destination = Path(request.destination)
-    with _explained(destination):
+    with _explain(destination):
         job = Job(destination, prepared.identity, request.command, request.sync, request.overwrite)
         try:
             output.begin_data(job.dataset, layout, prepared.source.data_attributes)
@@ -113,17 +118,13 @@ def _done(task: Task, written: Written) -> bool:
     return bool(written.done[task.start : task.stop].all())
 
 
-class _explained:  # noqa: N801, used as a function
+@contextmanager
+def _explain(destination: Path) -> Iterator[None]:
     """Turn the errors of the operating system into one message with its remedy."""
-
-    def __init__(self, destination: Path):
-        self._destination = destination
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
-        if isinstance(error, OSError) and not isinstance(error, ShardioError):
-            raise OutputError(
-                f"cannot write {self._destination}: {error.strerror or error}. What is written is kept: "
-                "make room or correct the cause, then run the same command again to continue."
-            ) from error
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(
+            f"cannot write {destination}: {error.strerror or error}. What is written is kept: "
+            "make room or correct the cause, then run the same command again to continue."
+        ) from error

@@ -79,7 +79,10 @@ class _Cut:
 def make_plan(
     source: SourceExtent, target: ArrayLayout, max_memory: int, workers: int = 1, threads: int | None = None
 ) -> Plan:
-    """Choose the cut that reads least within `max_memory` bytes (over all workers), then the one that overlaps most."""
+    """Choose the cut that reads least within `max_memory` bytes (over all workers), then the one that overlaps most.
+
+    Raises: PlanError where the memory is too small for any cut.
+    """
     threads = threads or max(1, cores() // workers)
     best_overlap = 2 + threads // 8
     cuts = list(_cuts(source, target, threads, best_overlap))

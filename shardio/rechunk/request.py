@@ -110,7 +110,11 @@ class Prepared:
 
 
 def prepare(request: Request) -> Prepared:
-    """Check everything that can be checked before the first byte is written, and make the plan."""
+    """Check everything that can be checked before the first byte is written, and make the plan.
+
+    Raises: PlanError, SelectionError, DatasetError: what is asked for cannot be, or the source cannot be read;
+      OutputError where the destination exists and is another dataset, or cannot be written.
+    """
     _check_destination(request)
     destination = Path(request.destination)
     exists = os.path.lexists(destination) and not request.overwrite

@@ -176,7 +176,10 @@ class AnemoiSource(Source):
             ) from error
 
     def array(self, name: str) -> NDArray[Any] | None:
-        """All values of one of the small arrays; None where there is no such array."""
+        """All values of one of the small arrays; None where there is no such array.
+
+        Raises: DatasetError where it is damaged.
+        """
         if not isinstance(self._store, LocalStore):
             return small_array(self._store, name)
         import zarr

@@ -139,16 +139,19 @@ def _absent(array: xr.DataArray) -> str:
 
 
 def choose(found: list[Found], selection: Selection, path: str) -> list[Found]:
-    """Variables that a selection can mean; a name may be that of a variable (t) or of one of its levels (t_850)."""
+    """Variables that a selection can mean; a name may be that of a variable (t) or of one of its levels (t_850).
+
+    Raises: SelectionError where a name is unknown, or none is left.
+    """
     names = list(dict.fromkeys(str(array.name) for _, array in found))
 
-    def meant(choice: str) -> set[str]:
+    def find_meant(choice: str) -> set[str]:
         return {choice} if choice in names else {name for name in names if choice.startswith(f"{name}_")}
 
-    unknown = [choice for choice in (*selection.select, *selection.drop) if not meant(choice)]
+    unknown = [choice for choice in (*selection.select, *selection.drop) if not find_meant(choice)]
     if unknown:
         raise SelectionError(f"{path} has no variable {', '.join(unknown)}. It has: {', '.join(names) or 'none'}.")
-    selected = {name for choice in selection.select for name in meant(choice)} or set(names)
+    selected = {name for choice in selection.select for name in find_meant(choice)} or set(names)
     kept = [(file, array) for file, array in found if array.name in selected and array.name not in selection.drop]
     if not kept:
         raise SelectionError(f"no variable of {path} is left. Drop fewer of: {', '.join(names)}.")
@@ -156,7 +159,10 @@ def choose(found: list[Found], selection: Selection, path: str) -> list[Found]:
 
 
 def positions(selection: Selection, fields: Sequence[Field], dropped: set[str], path: str) -> tuple[int, ...]:
-    """Places of the selected names among those of all fields; the name of a variable means all its levels."""
+    """Places of the selected names among those of all fields; the name of a variable means all its levels.
+
+    Raises: DatasetError where two variables have one name; SelectionError.
+    """
     names = [name for field in fields for name in field.names]
     repeated = sorted(name for name, times in Counter(names).items() if times > 1)
     if repeated:
@@ -173,7 +179,10 @@ def positions(selection: Selection, fields: Sequence[Field], dropped: set[str], 
 
 
 def join(found: list[Found], selection: Selection, path: str) -> list[Field]:
-    """Fields of one grid, one ensemble and one series of dates; one error names all variables that do not fit."""
+    """Fields of one grid, one ensemble and one series of dates; one error names all variables that do not fit.
+
+    Raises: SelectionError, which names all variables that do not fit; DatasetError where nothing has a time.
+    """
     parts: dict[tuple[str, ...], list[Part]] = {}
     misfits: dict[str, Misfit] = {}
     grids: Grids = {}

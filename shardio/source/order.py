@@ -73,7 +73,10 @@ def _sine(degrees: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def cell_order(source: Source) -> Int64 | None:
-    """[cell] the native place of every cell of a source in compact order; None where it is in its native order."""
+    """[cell] the native place of every cell of a source in compact order; None where it is in its native order.
+
+    Raises: DatasetError where it does not name each cell once.
+    """
     found = source.array(CELL_ORDER)
     if found is None:
         return None

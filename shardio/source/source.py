@@ -118,7 +118,10 @@ class Source(Protocol):
         return False
 
     def stream(self, date: int) -> Rows:
-        """The fields of a date for which `streams` is true."""
+        """The fields of a date for which `streams` is true.
+
+        Raises: ChunkError where it is damaged.
+        """
         raise ChunkError(f"{self.path} does not stream date {date}. Use `read`.")
 
     def array(self, name: str) -> NDArray[Any] | None:

@@ -182,7 +182,10 @@ def partial_of(destination: Path) -> Path:
 
 
 def read_job(destination: Path) -> Json | None:
-    """What an unfinished output is to become; None where nothing was begun."""
+    """What an unfinished output is to become; None where nothing was begun.
+
+    Raises: OutputError where that cannot be read.
+    """
     try:
         content: Json = json.loads((partial_of(destination) / "job.json").read_text())
     except FileNotFoundError:

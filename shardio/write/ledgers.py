@@ -36,7 +36,7 @@ def lock_ranks(folder: Path, alone: bool) -> Iterator[None]:
         yield
 
 
-def line(date: int, chunk: int, crc: int, nbytes: int) -> str:
+def to_line(date: int, chunk: int, crc: int, nbytes: int) -> str:
     """What a rank notes of a chunk that it has written."""
     # The line before may be torn by a kill, hence the break at the start too.
     return f"\n{json.dumps([date, chunk, crc, nbytes])}\n"
@@ -56,12 +56,12 @@ def read(folder: Path) -> Chunks:
     return found
 
 
-def there(said: Chunks, data: Path, layout: ArrayLayout, check: bool = False) -> Chunks:
-    """Those chunks whose file is there, with the size that the ledgers say; where asked for, with the bytes too."""
+def keep_intact(noted: Chunks, data: Path, layout: ArrayLayout, check: bool = False) -> Chunks:
+    """Those chunks whose file has the size that the ledgers noted; where asked for, the bytes too."""
     with os.scandir(data) as entries:
         sizes = {entry.name: entry.stat().st_size for entry in entries}
-    names = {key: layout.file_of((key[0], 0, 0, key[1]))[0] for key in said}
-    found = {key: pair for key, pair in said.items() if sizes.get(names[key]) == pair[1]}
+    names = {key: layout.file_of((key[0], 0, 0, key[1]))[0] for key in noted}
+    found = {key: pair for key, pair in noted.items() if sizes.get(names[key]) == pair[1]}
     if check:
         found = {key: pair for key, pair in found.items() if crc32c((data / names[key]).read_bytes()) == pair[0]}
     return found
@@ -70,11 +70,11 @@ def there(said: Chunks, data: Path, layout: ArrayLayout, check: bool = False) ->
 def merge(folder: Path, chunks: Chunks, sync: bool) -> None:
     """One ledger instead of many."""
     with atomic(folder / FIRST, sync) as partial:
-        partial.write_text("".join(line(*key, *pair) for key, pair in sorted(chunks.items())))
+        partial.write_text("".join(to_line(*key, *pair) for key, pair in sorted(chunks.items())))
     for ledger in folder.glob(OTHERS):
         ledger.unlink()
 
 
-def of_rank(folder: Path, rank: int) -> Path:
+def name_of_rank(folder: Path, rank: int) -> Path:
     """The ledger that a rank writes; the first one goes on with the merged one, by which others count the dates."""
     return folder / (OTHERS.replace("*", str(rank)) if rank else FIRST)

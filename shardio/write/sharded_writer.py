@@ -143,7 +143,7 @@ class ShardedWriter:
             self._job.sweep()
             # Without fsync power loss leaves files of the right size that hold something else.
             data, check = self._job.dataset / "data", not self._job.was_synced
-            ledgers.merge(folder, ledgers.there(said, data, self.layout, check), self._sync)
+            ledgers.merge(folder, ledgers.keep_intact(said, data, self.layout, check), self._sync)
 
     def _join(self) -> None:
         """Of every rank: see what is written, and be ready to write."""
@@ -161,7 +161,7 @@ class ShardedWriter:
         every, dates = range(self.layout.grid[3]), range(len(self.about.dates))
         self.done = {date for date in dates if all((date, chunk) in self._chunks_done for chunk in every)}
         # It need not be durable: what it lacks after power loss is written again.
-        self._ledger = self._open.enter_context(ledgers.of_rank(folder, self.rank).open("a", encoding="utf-8"))
+        self._ledger = self._open.enter_context(ledgers.name_of_rank(folder, self.rank).open("a", encoding="utf-8"))
 
     def _together(self, act: Callable[[], None]) -> None:
         """Act, then hear how it went elsewhere: all ranks go on, or all fail with the first one's cause."""
@@ -191,7 +191,7 @@ class ShardedWriter:
         """Write this rank's cells of a date, on another thread; waits while too many dates are on their way.
 
         Args: fields: [variable, ensemble, cells of this rank's chunks]; not to be changed afterwards.
-        Raises: what went wrong in an earlier write.
+        Raises: OutputError where a date or a shape is not that of this rank, and what went wrong in an earlier write.
         """
         size = self.about.chunk_cells
         cells = min(self.chunks.stop * size, self.layout.shape[3]) - self.chunks.start * size
@@ -217,7 +217,7 @@ class ShardedWriter:
                     date, chunk, fields[..., (chunk - first) * size : (chunk - first + 1) * size]
                 )
                 self.nbytes += stored.nbytes
-                self._ledger.write(ledgers.line(date, chunk, stored.crc, stored.nbytes))
+                self._ledger.write(ledgers.to_line(date, chunk, stored.crc, stored.nbytes))
                 self._ledger.flush()
         except OSError as error:
             raise self._of_the_disk(f"{self.about.dates[date]} cannot be written", error) from error
@@ -250,7 +250,7 @@ class ShardedWriter:
     def _publish(self) -> None:
         if self._job is None:
             return
-        found = ledgers.there(ledgers.read(self._job.folder), self._folder, self.layout)
+        found = ledgers.keep_intact(ledgers.read(self._job.folder), self._folder, self.layout)
         chunks = range(self.layout.grid[3])
         crc = np.zeros((len(self.about.dates), len(chunks)), np.uint32)
         for date in range(len(crc)):
