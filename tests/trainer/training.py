@@ -156,7 +156,8 @@ class Setup:
             for parameter in self.forecaster.parameters():  # biases of 0 and scales of 1 would hide what they do
                 parameter += 0.1 * torch.randn_like(parameter)
         broadcast_parameters((parameter.data for parameter in self.forecaster.parameters()), self.world)
-        self.loss = assemble_loss(self.forecaster, assemble_areas(dataset, self.share), LOSSES[case.loss], self.share)
+        areas = assemble_areas(dataset, self.share)
+        self.loss = assemble_loss(dataset, self.forecaster, areas, LOSSES[case.loss], self.share)
         self.loader = ShardedDataLoader(
             dataset,
             self.topology,

@@ -189,7 +189,8 @@ class Train:
         self._rank = rank
         self._model = Model(rank, lambda dataset, ranks: partition(dataset.shape[3], ranks, dataset.chunk_cells))
         areas = assemble_areas(self._model.dataset, self._model.share)
-        self._loss = assemble_loss(self._model.forecaster, areas, LossOptions(), self._model.share)
+        model = self._model
+        self._loss = assemble_loss(model.dataset, model.forecaster, areas, LossOptions(), model.share)
         self._optimizer = torch.optim.AdamW(self._model.forecaster.parameters())
 
     def once(self) -> Split:

@@ -130,7 +130,7 @@ class ForecastModule(LightningModule):
         graph = assemble_graph(dataset, share, self.graph_options, network, self.graph_cache)
         self.forecaster = assemble_forecaster(dataset, share, self.roles(), self.data.input_steps, network, graph)
         self.areas = assemble_areas(dataset, share)
-        self.loss = assemble_loss(self.forecaster, self.areas, self.loss_options, share, dataset)
+        self.loss = assemble_loss(dataset, self.forecaster, self.areas, self.loss_options, share)
 
     def configure_optimizers(self) -> Any:
         steps = int(self.trainer.estimated_stepping_batches)

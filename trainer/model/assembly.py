@@ -49,13 +49,11 @@ def assemble_forecaster(
     return Forecaster(roles, dataset.statistics, tendencies, input_steps, network, graph).to(share.device)
 
 
-def assemble_loss(
-    forecaster: Forecaster, areas: Tensor, options: LossOptions, share: Share, dataset: Dataset | None = None
-) -> Loss:
-    """The loss of what the forecaster forecasts; the dataset says what is on which level, if given."""
+def assemble_loss(dataset: Dataset, forecaster: Forecaster, areas: Tensor, options: LossOptions, share: Share) -> Loss:
+    """The loss of what the forecaster forecasts; the dataset says what is on which level."""
     names = forecaster.roles.outputs
     tendencies = dict(zip(names, forecaster.tendencies.tolist(), strict=True))
-    weights = variable_weights(names, options, tendencies, dataset.variables_metadata(names) if dataset else {})
+    weights = variable_weights(names, options, tendencies, dataset.variables_metadata(names))
     return build_loss(options, Weighing(areas, areas.new_tensor(weights), share.comm))
 
 

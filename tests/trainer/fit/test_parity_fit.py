@@ -88,7 +88,7 @@ def _loop(path: str) -> tuple[Weights, list[float]]:
     torch.manual_seed(5)
     roles = Roles(dataset.variables, FORCINGS, DIAGNOSTICS, (MASKED,))
     model = assemble_forecaster(dataset, share, roles, INPUTS, options, graph)
-    loss = assemble_loss(model, assemble_areas(dataset, share), LossOptions(tendency_scaling=True), share)
+    loss = assemble_loss(dataset, model, assemble_areas(dataset, share), LossOptions(tendency_scaling=True), share)
     built = build_optimizer(model.parameters(), OptimizerOptions("sgd", learning_rate=0.3, warmup_steps=1), 4, STEPS)
     loader = ShardedDataLoader(
         dataset, batch_size=2, input_steps=INPUTS, target_steps=ROLLOUT, seed=SEED, drop_last=True, threads=1
