@@ -37,7 +37,7 @@ class Wanted:
     def key(self) -> Key:
         _, variables, members, _ = self.dataset.shape
         chosen = range(variables) if self.variables is None else self.variables
-        return Key(self.date, tuple(chosen), self.members or members)
+        return Key(self.date, tuple(chosen), members if self.members is None else min(self.members, members))
 
 
 class Reads(Iterator[NDArray[np.float32]]):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from shardio import Dataset
+from shardio import Dataset, Reads, Wanted
 from shardio.errors import SelectionError
 from trainer.comm import Comm, sum_arrays
 
@@ -43,8 +43,10 @@ def _sampled(dataset: Dataset, cells: slice, comm: Comm) -> NDArray[np.float64]:
     NaN is left out.
     """
     sums = np.zeros((3, len(dataset.variables)))
-    for date in sampled_pairs(dataset).tolist():
-        now, then = dataset[date : date + 2, :, :, cells].astype(np.float64)
+    pairs = sampled_pairs(dataset).tolist()
+    reads = Reads([Wanted(dataset, date + later) for date in pairs for later in (0, 1)], cells, ahead=2)
+    for _ in pairs:
+        now, then = next(reads).astype(np.float64), next(reads).astype(np.float64)
         change = (then - now).reshape(len(dataset.variables), -1)
         known = np.isfinite(change)
         change = np.where(known, change, 0.0)

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shardio import Dataset, RossbyWaves, open_dataset
+from shardio import Dataset, Reads, RossbyWaves, Wanted, open_dataset
 from shardio.dates import between
 from shardio.errors import DatasetError, SelectionError
 from trainer.comm import Alone, Comm, sum_arrays
@@ -133,12 +133,14 @@ def evaluate(
     usual, about = reader.climatology(_period(truth, period, min(starts)))
     areas = cell_areas(truth.latitudes, truth.longitudes)[cells]
     sums = np.zeros((len(SUMS), len(METHODS), len(REFERENCES), len(first), len(first.variables)))
-    for dataset, start in list(zip(opened, starts, strict=True))[mine]:
-        initial = reader.truth(start, dataset.shape[2])
-        assert initial is not None
+    pairs = list(zip(opened, starts, strict=True))[mine]
+    reads = Reads(reader.wanted_of(pairs), cells, ahead=2)
+    for dataset, _ in pairs:
+        initial = next(reads)
         for lead, date in enumerate(dataset.dates):
-            given = dataset[lead, :, :, cells]  # [variables, ensemble, cells/M]
-            for r, reference in enumerate((reader.truth(date, dataset.shape[2]), reader.exact(date))):
+            given = next(reads)  # [variables, ensemble, cells/M]
+            true = next(reads) if reader.has(date) else None
+            for r, reference in enumerate((true, reader.exact(date))):
                 if reference is not None:
                     there = np.where(np.isfinite(initial), reference, np.nan)  # else there is nothing to persist
                     sums[:, 0, r, lead] += _sums(given, np.where(np.isnan(given), there, reference), usual, areas)
@@ -195,9 +197,23 @@ class Reader:
         """[variables, ensemble, cells/M]; None where the dataset does not have the date."""
         if not self.has(date):
             return None
-        at = int(np.searchsorted(self._truth.dates, date))
-        fields: NDArray[np.float32] = self._truth[at, self._places, slice(0, members), self._cells]
+        (fields,) = Reads([self._wanted(date, members)], self._cells)
         return fields
+
+    def wanted_of(self, forecasts: Sequence[tuple[Dataset, np.datetime64]]) -> list[Wanted]:
+        """What evaluation reads: of each forecast the initial truth, then every lead time and its truth, if known."""
+        wanted = []
+        for forecast, start in forecasts:
+            members = forecast.shape[2]
+            wanted.append(self._wanted(start, members))
+            for lead, date in enumerate(forecast.dates):
+                wanted.append(Wanted(forecast, lead))
+                if self.has(date):
+                    wanted.append(self._wanted(date, members))
+        return wanted
+
+    def _wanted(self, date: np.datetime64, members: int | None) -> Wanted:
+        return Wanted(self._truth, int(np.searchsorted(self._truth.dates, date)), self._places, members)
 
     def has(self, date: np.datetime64) -> bool:
         """Whether the dataset has the date."""
@@ -222,8 +238,8 @@ class Reader:
         there = np.array([date for date in period if not self._truth.is_missing[date]])
         chosen = there[np.unique(np.linspace(0, len(there) - 1, CLIMATOLOGY_DATES).round().astype(int))]
         total, count = np.zeros((2, len(self._places), 1, self._cells.stop - self._cells.start))
-        for date in chosen:
-            fields = self._truth[int(date), self._places, :, self._cells].astype(np.float64)
+        for read in Reads([self._wanted(self._truth.dates[date], None) for date in chosen], self._cells):
+            fields = read.astype(np.float64)
             count += np.isfinite(fields).sum(axis=1, keepdims=True)
             total += np.nansum(fields, axis=1, keepdims=True)
         dates = self._truth.dates[chosen]

@@ -26,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from shardio import Dataset, Partition, balanced, open_dataset, partition
+from shardio import Dataset, Partition, Reads, Wanted, balanced, open_dataset, partition
 from shardio.errors import DatasetError, PlanError
 from trainer.graph.graph import GraphOptions
 from trainer.model.assembly import assemble_graph
@@ -104,7 +104,8 @@ class Forecast:
         self, initial: np.datetime64, numbers: range, members: int | None, known: Callable[[int], Tensor] | None
     ) -> Iterator[Lead]:
         model, prognostic = self.forecaster, len(self.trained.roles.prognostic)
-        seen, absent = self._start(initial, numbers.start, members, known)
+        reads = Reads(self._wanted(initial, numbers, members, known is not None), self.share.owned)
+        seen, absent = self._start(reads, initial, numbers.start, known)
         for number in numbers:
             with torch.no_grad(), self.precision.autocast(torch.device(self.share.device).type):
                 state = torch.stack(tuple(seen))[None]  # [1, time, ensemble, cells/M, inputs]
@@ -113,28 +114,38 @@ class Forecast:
             self._check_finite(fields, absent, date, number)
             yield Lead(number, date, self.share.owned, put(torch.nan, fields, model.lacking, absent))
             if number + 1 < numbers.stop:
-                seen.append(self._normalise(self._given(initial, number, members, fields[..., :prognostic])))
+                seen.append(self._normalise(self._given(reads, initial, number, fields[..., :prognostic])))
 
     def _start(
-        self, initial: np.datetime64, first: int, members: int | None, known: Callable[[int], Tensor] | None
+        self, reads: Reads, initial: np.datetime64, first: int, known: Callable[[int], Tensor] | None
     ) -> tuple[deque[Tensor], list[Tensor]]:
         """What the model sees before the first step, each [ensemble, cells/M, inputs]; and which cells are absent."""
         inputs = self.trained.input_steps
         seen: deque[Tensor] = deque(maxlen=inputs)
         for number in range(first - inputs, first):
             fields = known(number).to(self.share.device) if known and number > 0 else None
-            given = self._given(initial, number, members, fields)
+            given = self._given(reads, initial, number, fields)
             seen.append(self._normalise(given))
         return seen, without_value(given, self.forecaster.lacking)
 
-    def _given(self, initial: np.datetime64, number: int, members: int | None, prognostic: Tensor | None) -> Tensor:
+    def _given(self, reads: Reads, initial: np.datetime64, number: int, prognostic: Tensor | None) -> Tensor:
         """[ensemble, cells/M, inputs] of a lead time, in the units of the dataset: what is not forecast yet is read."""
-        roles, date = self.trained.roles, self._date(initial, number)
+        roles = self.trained.roles
         if prognostic is None:
-            return self._read(date, roles.inputs, members)
-        changes = self.trained.changing_forcings(self.dataset)
-        forcings = self._read(date if changes else initial, roles.forcings, members)
+            return self._take(reads, self._date(initial, number), roles.inputs)
+        forcings = self._take(reads, self._date_of_forcings(initial, number), roles.forcings)
         return torch.cat([prognostic, forcings], dim=-1)
+
+    def _wanted(self, initial: np.datetime64, numbers: range, members: int | None, known: bool) -> list[Wanted]:
+        """All that a forecast reads of the dataset, in the order of `_given`; `known`: what was forecast before."""
+        roles, wanted = self.trained.roles, []
+        for number in range(numbers.start - self.trained.input_steps, numbers.stop - 1):
+            whole = number < numbers.start and not (known and number > 0)
+            date = self._date(initial, number) if whole else self._date_of_forcings(initial, number)
+            names = roles.inputs if whole else roles.forcings
+            places = [self.dataset.variables.index(name) for name in names]
+            wanted.append(Wanted(self.dataset, find_date(self.dataset, date), places, members))
+        return wanted
 
     def _normalise(self, given: Tensor) -> Tensor:
         """What the model sees of it."""
@@ -142,12 +153,14 @@ class Forecast:
         places = roles.places(roles.inputs)
         return known_or_mean((given.to(model.mean.dtype) - model.mean[places]) / model.stdev[places])
 
-    def _read(self, date: np.datetime64, names: tuple[str, ...], members: int | None) -> Tensor:
+    def _take(self, reads: Reads, date: np.datetime64, names: tuple[str, ...]) -> Tensor:
         """[ensemble, cells/M, variables] of a date of the dataset, on the device."""
-        at, places = find_date(self.dataset, date), [self.dataset.variables.index(name) for name in names]
-        fields = self.dataset[at : at + 1, places, slice(0, members), self.share.owned][0]
+        fields = next(reads)
         self._check_given(fields, names, date)
         return torch.from_numpy(fields).permute(1, 2, 0).to(self.share.device)
+
+    def _date_of_forcings(self, initial: np.datetime64, number: int) -> np.datetime64:
+        return self._date(initial, number) if self.trained.changing_forcings(self.dataset) else initial
 
     def _date(self, initial: np.datetime64, number: int) -> np.datetime64:
         date: np.datetime64 = initial + np.timedelta64(number * self.trained.step, "s")

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import zarr
+from ahead import chained
 from datasets import MASKED, VARIABLES, write_dataset
 
 from shardio import Dataset, open_dataset
@@ -141,3 +142,10 @@ def test_all_ranks_have_the_same_bits_from_their_own_cells(
         assert all(np.array_equal(relative, found[0][0]) for relative, _ in found)
         assert found[0][0] == pytest.approx(alone, rel=1e-12)
         assert max(read for _, read in found) < 1.1 * all_bytes / ranks
+
+
+def test_the_next_pair_is_read_while_one_is_compared(path: str) -> None:
+    pairs = sampled_pairs(open_dataset(path))
+    dataset, reader = chained(path, int(pairs[-1]) + 1)
+    assert np.array_equal(of_all(dataset), of_all(open_dataset(path)))
+    assert set(pairs) <= set(reader.rows)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import xarray
+from ahead import chained
 from datasets import FORCINGS, MASKED, VARIABLES
 from ranks import comm_of
 from runs import Run
@@ -294,3 +295,12 @@ def test_what_cannot_be_compared_is_refused(forecasts: list[str], path: str, dat
         evaluate(forecasts, open_dataset(path, drop="t_850"))
     with pytest.raises(SelectionError, match="the truth lacks 2021-03-02T00:00:00, an initial date"):
         evaluate(forecasts, open_dataset(path, start="2021-03-03"))
+
+
+def test_the_next_fields_are_read_while_others_are_compared(forecasts: list[str], scores: Scores, path: str) -> None:
+    before = int(np.searchsorted(open_dataset(path).dates, np.datetime64(STARTS[0])))
+    truth, reader = chained(path, before - 1, len(open_dataset(path)) - 1)  # the climatology is complete, or all is
+    found = evaluate(forecasts, truth)
+    assert len(reader.rows) > before + 2 * LEADS
+    assert np.array_equal(found.rmse, scores.rmse, equal_nan=True)
+    assert np.array_equal(found.acc, scores.acc, equal_nan=True)

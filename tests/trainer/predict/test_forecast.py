@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import zarr
+from ahead import chained
 from datasets import DIAGNOSTICS, FORCINGS, MASKED, VARIABLES, values_of
 from forecasting import START, forecast, relative, same_bits, trained
 
@@ -264,3 +265,13 @@ def test_ranks_own_whole_chunks_that_cover_all_cells(path: str, ranks: int, chun
     assert cut.chunk_cells == chunk_cells or chunk_cells is None
     assert all(bound % cut.chunk_cells == 0 for bound in cut.bounds[:-1])
     assert cut.bounds[-1] == 208
+
+
+def test_no_step_is_computed_before_the_next_forcings_are_being_read(checkpoint: Path, path: str) -> None:
+    """What a step needs is read only once the next read has begun."""
+    dataset, reader = chained(path, FIRST + 3)
+    model = load(checkpoint, dataset)
+    found = [lead.fields for lead in model.run(START, "24h")]
+    assert reader.rows == [FIRST - 1, FIRST, FIRST + 1, FIRST + 2, FIRST + 3]
+    expected = [lead.fields for lead in load(checkpoint, open_dataset(path)).run(START, "24h")]
+    assert all(same_bits(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
