@@ -12,16 +12,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shardio.dates import Dates, between, format_step, frequency_seconds, parse_step, spellings
+from shardio.dates import Dates, between, format_step, frequency_seconds, parse_step
 from shardio.errors import DatasetError, SelectionError
 from shardio.format.boxes import as_cut
 from shardio.format.metadata import array_metadata
 from shardio.format.store import REMOTE, open_store
 from shardio.load.indexing import expand, outer
 from shardio.load.join import Part, join, narrow
+from shardio.load.statistics import statistics_of, tendencies_of
 from shardio.source.anemoi import AnemoiSource
 from shardio.source.order import CELL_ORDER
-from shardio.source.source import STATISTICS, Extra, Selection
+from shardio.source.source import Extra, Selection
 from shardio.write.job import refuse_unfinished
 
 Names = str | Sequence[str] | None
@@ -52,7 +53,7 @@ class Dataset:
         """`origins` have the statistics, under `stored_names`."""
         self.parts, self.dates, self.variables, self.step = tuple(parts), dates, tuple(variables), step
         self._origins, self._stored_names = tuple(origins), tuple(stored_names)
-        self.statistics: dict[str, NDArray[np.float64]] = _statistics(origins, stored_names)
+        self.statistics: dict[str, NDArray[np.float64]] = statistics_of(origins, stored_names)
         first = self.parts[0].source
         self.latitudes, self.longitudes = first.latitudes, first.longitudes
         self.shape = (len(dates), len(self.variables), first.layout.shape[2], first.layout.shape[3])
@@ -132,17 +133,7 @@ class Dataset:
 
         SelectionError where the dataset has none for exactly that time, be it written as 24h or as 1d.
         """
-        origins, seconds = self._needed_origins(), parse_step(delta or str(self.frequency))
-        return _by_variable(origins, [_tendencies(origin, seconds) for origin in origins], self._stored_names)
-
-    def _needed_origins(self) -> list[AnemoiSource]:
-        """Those that have the statistics of a variable that no earlier one has."""
-        needed, lacking = [], set(self._stored_names)
-        for origin in self._origins:
-            if lacking & set(origin.variables):
-                needed.append(origin)
-                lacking -= set(origin.variables)
-        return needed
+        return tendencies_of(self._origins, self._stored_names, parse_step(delta or str(self.frequency)))
 
     def __len__(self) -> int:
         return len(self.dates)
@@ -302,36 +293,6 @@ def _renamed(names: list[str], rename: Mapping[str, str]) -> list[str]:
     if twice:
         raise SelectionError(f"after rename several variables are called {', '.join(twice)}. Choose other names.")
     return new
-
-
-def _statistics(origins: Sequence[AnemoiSource], names: Sequence[str]) -> dict[str, NDArray[np.float64]]:
-    return _by_variable(origins, [origin.statistics or {} for origin in origins], names)
-
-
-def _by_variable(
-    origins: Sequence[AnemoiSource], tables: Sequence[Mapping[str, NDArray[Any]]], names: Sequence[str]
-) -> dict[str, NDArray[np.float64]]:
-    """Of several datasets in time the first has the statistics, as for the field's other tools."""
-    found: dict[str, dict[str, float]] = {name: {} for name in STATISTICS}
-    for origin, table in reversed(list(zip(origins, tables, strict=True))):
-        for key, values in table.items():
-            found[key].update(zip(origin.variables, values.tolist(), strict=True))
-    lacking = [name for name in names if name not in found["mean"]]
-    if lacking:
-        raise DatasetError(
-            f"{origins[0].path} has no statistics of {', '.join(lacking)}. Name another dataset with statistics=."
-        )
-    return {key: np.array([values[name] for name in names]) for key, values in found.items()}
-
-
-def _tendencies(source: AnemoiSource, seconds: int) -> dict[str, NDArray[Any]]:
-    have = sorted(name for name in source.extra_names() if "tendencies" in name)
-    for delta in spellings(seconds):
-        names = {name: f"statistics_tendencies_{delta}_{name}" for name in STATISTICS}
-        if set(names.values()) <= set(have):
-            return {name: source.required(stored, len(source.variables)) for name, stored in names.items()}
-    wanted = f"statistics_tendencies_{format_step(seconds)}_{STATISTICS[0]}"
-    raise SelectionError(f"{source.path} has no {wanted}. It has: {', '.join(have) or 'none'}.")
 
 
 def _cut(indices: Sequence[int]) -> slice | tuple[int, ...]:
