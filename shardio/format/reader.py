@@ -253,10 +253,7 @@ def _remedy(problem: str) -> str:
 
 
 def cast(values: NDArray[Any], out: NDArray[Any], place: Any, where: str) -> None:
-    """`out[place] = values` with NumPy's cast; finite numbers that would overflow are an error, never infinity.
-
-    Raises: ChunkError where a finite number does not fit.
-    """
+    """`out[place] = values` with NumPy's cast; ChunkError, never infinity, where finite numbers would overflow."""
     try:
         with np.errstate(over="raise"):
             out[place] = values

@@ -296,6 +296,3 @@ def begun_chunk_cells(path: str | os.PathLike[str]) -> int | None:
     """Cells of the grid-chunks of an unfinished output: who goes on with it has to keep them."""
     begun = read_job(Path(path)) if partial_of(Path(path)).is_dir() else None
     return None if begun is None else begun["identity"].get("chunk_cells")
-
-
-__all__: Sequence[str] = ("Description", "ShardedWriter")
