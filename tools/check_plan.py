@@ -25,11 +25,12 @@ from tools.trainer_memory import living_tensors
 from tools.trainer_step import Sizes, Step, on_ranks
 from trainer.comm import Comm, Counting
 from trainer.fit.gradients import reduce_gradients
+from trainer.graph.counts import CutGraph
 from trainer.graph.graph import GraphOptions, build_graph
 from trainer.model.forecaster import Roles
+from trainer.model.loss import LossOptions
 from trainer.model.model import ModelOptions
 from trainer.model.precision import Precision
-from trainer.plan.counts import CutGraph
 from trainer.plan.footprint import Footprint, Job, footprint
 from trainer.plan.live_bytes import LiveBytes
 from trainer.step import forecast_loss
@@ -92,7 +93,8 @@ def predict(
         sizes.channels, sizes.layers, sizes.heads, 4, sizes.num_chunks, sizes.checkpointing, sizes.shard_strategy
     )
     roles = Roles(names, names[: sizes.forcings], allow_nan=names[len(names) - sizes.lacking :])
-    settings = {"network": network, "precision": Precision(precision), "averages": averages}
+    loss = LossOptions(sizes.loss)
+    settings = {"network": network, "loss": loss, "precision": Precision(precision), "averages": averages}
     job = Job(roles, sizes.input_steps, sizes.rollout, sizes.batch, **settings)
     others = [rank for rank in range(ranks) if every and rank != cut.largest]
     return {rank: footprint(job, cut.rank(rank)) for rank in (cut.largest, *others)}

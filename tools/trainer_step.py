@@ -22,11 +22,12 @@ from trainer.comm import Comm, join_world
 from trainer.fit.gradients import broadcast_parameters, reduce_gradients
 from trainer.graph.graph import GraphOptions, build_graph
 from trainer.graph.grid import cell_areas
-from trainer.graph.sharded_graph import shard_graph
+from trainer.graph.sharded_graph import Placement, shard_graph
 from trainer.model.forecaster import Forecaster, Roles
 from trainer.model.loss import LossOptions, build_loss
 from trainer.model.losses.measured import Weighing
 from trainer.model.model import ModelOptions
+from trainer.model.processor import PROCESSORS
 from trainer.step import forecast_loss
 
 PATIENCE = timedelta(minutes=10)
@@ -50,6 +51,7 @@ class Sizes:
     num_chunks: int = 1
     checkpointing: bool = True
     shard_strategy: str = "edges"
+    loss: str = "mse"
     grid_chunks: int = 16
     dtype: str = "float32"
 
@@ -87,8 +89,8 @@ class Step:
         kind = "multiscale" if sizes.hidden.startswith("ico") else "knn"
         edges = GraphOptions(sizes.hidden, processor=kind, processor_layers=sizes.layers)
         self.graph = build_graph(latitudes, longitudes, self.cells, comm.rank, edges)
-        dtype = torch.get_default_dtype()
-        sharded = shard_graph(self.graph, comm, "cpu", dtype, sizes.num_chunks, sizes.shard_strategy)
+        dtype, prepare = torch.get_default_dtype(), PROCESSORS[sizes.shard_strategy].prepare
+        sharded = shard_graph(self.graph, comm, Placement(dtype=dtype), sizes.num_chunks, prepare)
         names = tuple(f"v{number}" for number in range(sizes.variables))
         statistics = {"mean": np.zeros(len(names)), "stdev": np.ones(len(names))}
         roles = Roles(names, names[: sizes.forcings], allow_nan=names[len(names) - sizes.lacking :])
@@ -100,7 +102,7 @@ class Step:
         self.forecaster = Forecaster(roles, statistics, changes, sizes.input_steps, options, sharded)
         broadcast_parameters((parameter.data for parameter in self.forecaster.parameters()), comm)
         areas = torch.from_numpy(cell_areas(latitudes, longitudes)[owned]).to(dtype)
-        self.loss = build_loss(LossOptions(), Weighing(areas, areas.new_ones(len(roles.outputs)), comm))
+        self.loss = build_loss(LossOptions(sizes.loss), Weighing(areas, areas.new_ones(len(roles.outputs)), comm))
         self.optimizer = torch.optim.AdamW(self.forecaster.parameters())
         self.shape = (sizes.batch, sizes.input_steps + sizes.rollout, 1, owned.stop - owned.start, len(names))
 

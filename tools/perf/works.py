@@ -26,6 +26,7 @@ from tools.perf.grids import FORCINGS, HOURS, Site
 from trainer import predict
 from trainer.comm import Comm, Counting
 from trainer.fit.gradients import reduce_gradients
+from trainer.graph.sharded_graph import Links
 from trainer.model.assembly import assemble_areas, assemble_forecaster, assemble_graph, assemble_loss
 from trainer.model.forecaster import Forecaster, Roles
 from trainer.model.loss import LossOptions
@@ -177,7 +178,7 @@ class Model:
     def rows(self) -> Counters:
         """That this rank borrows for one use of each part."""
         parts = (self.graph.encoder, self.graph.processor, self.graph.decoder)
-        return {"rows": sum(sum(links.halo.receive_counts) for links in parts)}
+        return {"rows": sum(sum(links.halo.receive_counts) for links in parts if isinstance(links, Links))}
 
 
 class Train:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from lightning import Trainer
 
-from shardio import balanced, partition
+from shardio import partition
 from shardio.errors import SelectionError
-from trainer.comm import Alone
 from trainer.fit.data import ForecastDataModule
 from trainer.fit.module import ForecastModule
 from trainer.fit.strategy import DDPGroupStrategy
 from trainer.graph.graph import build_graph
 from trainer.graph.grid import mesh_nodes
-from trainer.graph.heads import HeadExchange
 from trainer.model.forecaster import Roles
 from trainer.model.loss import variable_weights
 from trainer.model.precision import Precision
+from trainer.model.processor import PROCESSORS
 
 
 def check(trainer: Trainer, module: ForecastModule, data: ForecastDataModule) -> None:
@@ -29,9 +28,8 @@ def check(trainer: Trainer, module: ForecastModule, data: ForecastDataModule) ->
         raise SelectionError(f"the dataset has one date, {dataset.dates[0]}. Training needs two or more.")
     Precision(trainer.precision)
     data.check_windows(topology, module)
-    if module.network_options.shard_strategy == "heads":
-        cut = HeadExchange(Alone(), balanced(topology.model_size, topology.model_size))
-        cut.heads(module.network_options.num_heads)
+    network = module.network_options
+    PROCESSORS[network.shard_strategy].check(network.num_heads, topology.model_size)
     _check_mesh(module, data, topology.model_size)
 
 

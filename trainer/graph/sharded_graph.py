@@ -7,6 +7,7 @@ All of it is built once, before the first step, and shared by all layers and ste
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -22,11 +23,9 @@ from trainer.comm import Alone, Comm
 from trainer.graph.edge_lists import EdgeLists, by_degree, is_compiled
 from trainer.graph.graph import Edges, Graph
 from trainer.graph.halo import Halo, build_halo, exchange
-from trainer.graph.heads import HeadExchange, gather_edges
 
 NODE_FEATURES = 4
 EDGE_FEATURES = 3
-SHARD_STRATEGIES = ("edges", "heads")
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,16 +61,15 @@ class ShardedGraph:
       cells: [(cells/M) + halo, 4] where the cells are that feed this rank: sine and cosine of latitude and longitude;
         the first cells/M are its own.
       hidden: [hidden/M, 4] likewise.
-      encoder, processor, decoder: the edges.
-      heads: how the processor's heads are spread over the ranks; None with shard_strategy edges.
+      encoder, decoder: the edges.
+      processor: what the processor prepared for itself; of edges with a halo, Links.
     """
 
     cells: Tensor
     hidden: Tensor
     encoder: Links
-    processor: Links
+    processor: Any
     decoder: Links
-    heads: HeadExchange | None = None
 
     @property
     def owned_cells(self) -> int:
@@ -83,59 +81,16 @@ class ShardedGraph:
         return self
 
 
-def shard_graph(
-    graph: Graph,
-    comm: Comm | None = None,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    num_chunks: int = 1,
-    shard_strategy: str = "edges",
-    kernel: str = "auto",
-) -> ShardedGraph:
-    """Agree on the halos and put the rank's part on the device. All ranks of the group call it together.
-
-    Args:
-      graph: of this rank.
-      comm: the model group.
-      device: where the tensors live.
-      dtype: of coordinates and edge features.
-      num_chunks: ranges of destinations that encoder and decoder compute one after the other.
-      shard_strategy: of the processor: `edges` (halo) or `heads` (every rank has all hidden nodes, but only some of
-        the attention heads, while it attends).
-      kernel: of attention, see EdgeLists.build.
-    Raises: PlanError if shard_strategy, num_chunks or kernel are not to be had.
-    """
-    if shard_strategy not in SHARD_STRATEGIES:
-        raise PlanError(f"shard_strategy {shard_strategy!r} is unknown. Use one of: {', '.join(SHARD_STRATEGIES)}.")
-    if num_chunks < 1:
-        raise PlanError(f"num_chunks is {num_chunks}. Use 1 or more.")
-    put, comm = _Put(device, dtype, kernel), comm or Alone()
-    encoder_halo = build_halo(graph.encoder.source, graph.cells.bounds, comm, device, "encoder")
-    decoder_halo = build_halo(graph.decoder.source, graph.hidden_bounds, comm, device, "decoder")
-    if shard_strategy == "heads" and graph.cells.ranks > 1:
-        edges = gather_edges(graph, comm, device)
-        processor_halo = build_halo(np.empty(0, np.int64), graph.hidden_bounds, comm, device, "processor")
-        every = slice(0, edges.destinations)
-        processor = Links(processor_halo, (_chunk(edges, edges.source, edges.destinations, every, put),))
-        heads = HeadExchange(comm, graph.hidden_bounds)
-    else:
-        processor_halo = build_halo(graph.processor.source, graph.hidden_bounds, comm, device, "processor")
-        processor, heads = _links(graph.processor, processor_halo, 1, put), None
-    return ShardedGraph(
-        exchange(put.places(graph.cell_coordinates), encoder_halo),
-        put.places(graph.hidden_coordinates),
-        _links(graph.encoder, encoder_halo, num_chunks, put),
-        processor,
-        _links(graph.decoder, decoder_halo, num_chunks, put),
-        heads,
-    )
-
-
 @dataclass(frozen=True)
-class _Put:
-    device: torch.device | str
-    dtype: torch.dtype
-    kernel: str
+class Placement:
+    """Where tensors of the graph live, of which type coordinates and edge features are, and for which kernel.
+
+    Attributes: device; dtype; kernel: of attention, see EdgeLists.build.
+    """
+
+    device: torch.device | str = "cpu"
+    dtype: torch.dtype = torch.float32
+    kernel: str = "auto"
 
     def values(self, array: NDArray[Any]) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, self.dtype)
@@ -149,22 +104,72 @@ class _Put:
         return self.values(np.stack(parts, axis=1))
 
 
-def _links(edges: Edges, halo: Halo, num_chunks: int, put: _Put) -> Links:
+def link(
+    edges: Edges, bounds: Sequence[int], comm: Comm, placement: Placement, num_chunks: int = 1, part: str = "edges"
+) -> Links:
+    """Agree on the halo of these edges, and chunk their destinations. All ranks of the group call it together.
+
+    Args:
+      edges: that end at this rank's nodes.
+      bounds: [M + 1], first source node of every rank.
+      comm: the model group.
+      placement: of the tensors.
+      num_chunks: ranges of destinations.
+      part: of the model; tag of the messages.
+    """
+    halo = build_halo(edges.source, bounds, comm, placement.device, part)
     source = halo.source.cpu().numpy()
-    bounds = balanced(edges.destinations, min(num_chunks, edges.destinations))
-    chunks = tuple(_chunk(edges, source, halo.rows, slice(*ends), put) for ends in pairwise(bounds))
+    ends = balanced(edges.destinations, min(num_chunks, edges.destinations))
+    chunks = tuple(cut_chunk(edges, source, halo.rows, slice(*pair), placement) for pair in pairwise(ends))
     return Links(replace(halo, source=halo.source.new_empty(0)), chunks)
 
 
-def _chunk(edges: Edges, source: NDArray[Any], rows: int, destinations: slice, put: _Put) -> Chunk:
+def link_processor(graph: Graph, comm: Comm, placement: Placement) -> Links:
+    """The processor's edges, with a halo."""
+    return link(graph.processor, graph.hidden_bounds, comm, placement, part="processor")
+
+
+def shard_graph(
+    graph: Graph,
+    comm: Comm | None = None,
+    placement: Placement = Placement(),
+    num_chunks: int = 1,
+    prepare: Callable[[Graph, Comm, Placement], Any] = link_processor,
+) -> ShardedGraph:
+    """Agree on the halos and put the rank's part on the device. All ranks of the group call it together.
+
+    Args:
+      graph: of this rank.
+      comm: the model group; default: one rank.
+      placement: of the tensors.
+      num_chunks: ranges of destinations that encoder and decoder compute one after the other.
+      prepare: what the processor computes on.
+    Raises: PlanError if num_chunks is less than 1, or the kernel not to be had; TopologyError if ranks' cuts differ.
+    """
+    if num_chunks < 1:
+        raise PlanError(f"num_chunks is {num_chunks}. Use 1 or more.")
+    comm = comm or Alone()
+    encoder = link(graph.encoder, graph.cells.bounds, comm, placement, num_chunks, "encoder")
+    decoder = link(graph.decoder, graph.hidden_bounds, comm, placement, num_chunks, "decoder")
+    return ShardedGraph(
+        exchange(placement.places(graph.cell_coordinates), encoder.halo),
+        placement.places(graph.hidden_coordinates),
+        encoder,
+        prepare(graph, comm, placement),
+        decoder,
+    )
+
+
+def cut_chunk(edges: Edges, source: NDArray[Any], rows: int, destinations: slice, placement: Placement) -> Chunk:
+    """The edges that end at a range of destinations; `source` has their rows, of so many."""
     first, last = np.searchsorted(edges.destination, [destinations.start, destinations.stop])
     source, destination = source[first:last], edges.destination[first:last] - destinations.start
-    features, count = put.values(edges.features[first:last]), destinations.stop - destinations.start
+    features, count = placement.values(edges.features[first:last]), destinations.stop - destinations.start
     if count == edges.destinations:
-        return Chunk(destinations, None, features, put.lists(source, destination, rows, count))
+        return Chunk(destinations, None, features, placement.lists(source, destination, rows, count))
     needed, place = np.unique(source, return_inverse=True)
-    if not is_compiled(put.kernel, torch.device(put.device)):  # whose tables have their sources one after the other
+    if not is_compiled(placement.kernel, torch.device(placement.device)):  # whose tables have their sources in a row
         order = by_degree(place, needed.size)
         needed, place = needed[order], np.argsort(order)[place]
-    sources = torch.from_numpy(needed.astype(np.int32)).to(put.device)
-    return Chunk(destinations, sources, features, put.lists(place, destination, needed.size, count))
+    sources = torch.from_numpy(needed.astype(np.int32)).to(placement.device)
+    return Chunk(destinations, sources, features, placement.lists(place, destination, needed.size, count))

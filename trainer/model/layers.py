@@ -5,14 +5,23 @@ A block knows rows, not ranks: whoever calls it has put the halo rows behind the
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from trainer.graph.heads import HeadExchange, to_heads, to_nodes
 from trainer.graph.sharded_graph import EDGE_FEATURES, Chunk
 from trainer.model.attention import attend
+
+Attention = Callable[[Tensor, Tensor, Tensor, Tensor, Chunk], tuple[Tensor, Tensor]]
+
+
+def along_edges(query: Tensor, key: Tensor, value: Tensor, tilt: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor]:
+    """Attention of rows that are all here; see `attend`."""
+    attended: tuple[Tensor, Tensor] = attend(query, key, value, tilt, chunk.features, chunk.lists)
+    return attended
 
 
 class Block(nn.Module):
@@ -44,14 +53,14 @@ class Block(nn.Module):
             nn.Linear(channels, mlp_ratio * channels), nn.GELU(), nn.Linear(mlp_ratio * channels, channels)
         )
 
-    def forward(self, source: Tensor, destination: Tensor, chunk: Chunk, heads: HeadExchange | None = None) -> Tensor:
+    def forward(self, source: Tensor, destination: Tensor, chunk: Chunk, attention: Attention = along_edges) -> Tensor:
         """One update of the destinations.
 
         Args:
           source: [batch, sources, channels], of the chunk.
           destination: [batch, destinations, channels], of the chunk.
           chunk: the edges between them.
-          heads: how to cut attention by heads; `source` and `destination` are then both the owned nodes.
+          attention: of queries, keys, values and tilts along those edges.
         Returns: [batch, destinations, channels].
         """
         normed = self.norm_destination(destination)
@@ -61,24 +70,11 @@ class Block(nn.Module):
         edge = torch.block_diag(*self.edge)  # [channels, heads x features]
         tilt = query @ edge
         query, key, value, tilt = [rows.unflatten(-1, (self.num_heads, -1)) for rows in (query, key, value, tilt)]
-        values, sums = self._attend(query, key, value, tilt, chunk, heads)
+        values, sums = attention(query, key, value, tilt, chunk)
         attended = values.flatten(-2) + sums.flatten(-2) @ edge.T
         rows = destination + self.project(attended + own)
         updated: Tensor = rows + self.mlp(self.norm_mlp(rows))
         return updated
-
-    def _attend(
-        self, query: Tensor, key: Tensor, value: Tensor, tilt: Tensor, chunk: Chunk, heads: HeadExchange | None
-    ) -> tuple[Tensor, Tensor]:
-        if heads is None:
-            whole: tuple[Tensor, Tensor] = attend(query, key, value, tilt, chunk.features, chunk.lists)
-            return whole
-        depth = query.shape[-1]
-        packed = to_heads(torch.cat([query, key, value, tilt], dim=-1), heads)
-        query, key, value, tilt = packed.split([depth, depth, depth, EDGE_FEATURES], dim=-1)
-        attended = torch.cat(attend(query, key, value, tilt, chunk.features, chunk.lists), dim=-1)
-        values, sums = to_nodes(attended, heads, self.num_heads).split([depth, EDGE_FEATURES], dim=-1)
-        return values, sums
 
 
 def maybe_checkpoint(active: bool, function, *inputs):  # type: ignore[no-untyped-def]

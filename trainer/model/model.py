@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from shardio.errors import PlanError
-from trainer.graph.halo import exchange, fetch
+from trainer.graph.halo import exchange
 from trainer.graph.sharded_graph import NODE_FEATURES, ShardedGraph
 from trainer.model.layers import Block, maybe_checkpoint, take
+from trainer.model.processor import PROCESSORS
+from trainer.model.processors.layers import Layers
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,9 @@ class ModelOptions:
         for name in ("channels", "num_layers", "num_heads", "mlp_ratio", "num_chunks"):
             if getattr(self, name) < 1:
                 raise PlanError(f"{name} is {getattr(self, name)}. Use 1 or more.")
+        if self.shard_strategy not in PROCESSORS:
+            known = ", ".join(PROCESSORS)
+            raise PlanError(f"shard_strategy {self.shard_strategy!r} is unknown. Use one of: {known}.")
         if self.channels % self.num_heads:
             heads = [n for n in range(1, self.channels + 1) if self.channels % n == 0 and n <= 64]
             raise PlanError(
@@ -65,7 +70,8 @@ class EncodeProcessDecode(nn.Module):
         self.embed_cells = nn.Linear(inputs + NODE_FEATURES, channels)
         self.embed_hidden = nn.Linear(NODE_FEATURES, channels)
         self.encoder = Block(*block)
-        self.processor = nn.ModuleList(Block(*block, one_node_set=True) for _ in range(options.num_layers))
+        layers = Layers(options.num_layers, lambda: Block(*block, one_node_set=True), options.checkpointing)
+        self.processor = PROCESSORS[options.shard_strategy].build(layers)
         self.embed_targets = nn.Linear(inputs + NODE_FEATURES, channels)
         self.decoder = Block(*block)
         self.output = nn.Sequential(nn.LayerNorm(channels), nn.Linear(channels, outputs))
@@ -77,9 +83,7 @@ class EncodeProcessDecode(nn.Module):
         Returns: [batch, cells/M, outputs].
         """
         hidden = self._encode(fields)  # [batch, hidden/M, channels]
-        processed = hidden
-        for block in self.processor:
-            processed = self._process(block, processed)  # [batch, hidden/M, channels]
+        processed = self._process(hidden)  # [batch, hidden/M, channels]
         return self._decode(hidden + processed, fields)  # [batch, cells/M, outputs]
 
     def _encode(self, fields: Tensor) -> Tensor:
@@ -106,21 +110,9 @@ class EncodeProcessDecode(nn.Module):
         ]
         return torch.cat(parts, dim=1)
 
-    def _process(self, block: nn.Module, owned: Tensor) -> Tensor:
-        """The halo is fetched outside of what is computed again: nothing is sent twice."""
-        links, heads = self.graph.processor, self.graph.heads
-        (chunk,) = links.chunks
-        # Alike on all ranks: one that borrows nothing joins the messages of backward too.
-        exchanges = links.halo.ranks > 1 and heads is None
-
-        def update(owned: Tensor, halo: Tensor) -> Tensor:
-            source = torch.cat([owned, halo], dim=1) if exchanges else owned
-            updated: Tensor = block(source, owned, chunk, heads)
-            return updated
-
-        halo = fetch(owned, links.halo) if exchanges else owned[:, :0]
-        updated: Tensor = maybe_checkpoint(self.options.checkpointing, update, owned, halo)
-        return updated
+    def _process(self, hidden: Tensor) -> Tensor:
+        processed: Tensor = self.processor(hidden, self.graph.processor)
+        return processed
 
     def _decode(self, hidden: Tensor, fields: Tensor) -> Tensor:
         links = self.graph.decoder

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
 from shardio import Partition, balanced
+from trainer.graph.counts import EvenEnds, ListedEnds, PartCounts, RankCounts, local_rows, part_counts
 from trainer.graph.graph import DECODER_NEIGHBOURS, GraphOptions
 from trainer.graph.grid import Float64, Frames, Int64, build_mesh
-from trainer.plan.counts import EvenEnds, ListedEnds, PartCounts, RankCounts, local_rows, part_counts
 
 BANDS, COMPACT = math.sqrt(4.0 * math.pi), 3.72
 # How far edges reach beyond the border of a share, in spacings of the nodes at which they start: as counted on

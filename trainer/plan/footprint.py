@@ -25,7 +25,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from trainer.comm import Comm, Counting
 from trainer.fit.gradients import reduce_gradients
 from trainer.fit.optimizer import OptimizerOptions, build_optimizer
+from trainer.graph.counts import RankCounts
 from trainer.graph.edge_lists import Block
+from trainer.graph.pretend import FakeComm, Pretence, pretend_graph
+from trainer.graph.sharded_graph import Links, ShardedGraph
 from trainer.model import attention
 from trainer.model.forecaster import Forecaster, Roles
 from trainer.model.kernels import cpp as attention_kernel
@@ -33,8 +36,7 @@ from trainer.model.loss import LossOptions, build_loss
 from trainer.model.losses.measured import Weighing
 from trainer.model.model import ModelOptions
 from trainer.model.precision import Precision
-from trainer.plan.counts import RankCounts
-from trainer.plan.fake_graph import FakeComm, fake_graph, idle_kernel
+from trainer.model.processor import PROCESSORS
 from trainer.plan.live_bytes import LiveBytes
 from trainer.step import forecast_loss
 
@@ -96,26 +98,25 @@ class Footprint:
 def footprint(job: Job, counts: RankCounts) -> Footprint:
     """What a rank with so much of the graph holds and sends, from the second step on."""
     comm, live = Counting(FakeComm(counts.rank, counts.ranks)), LiveBytes()
-    with idle_kernel(), _as_on(job), FakeTensorMode(allow_non_fake_inputs=True):
+    with _as_on(job), FakeTensorMode(allow_non_fake_inputs=True):
         step = _Step(job, counts, live, comm)
         with live:
             step.begin()
             live.forget_peak()
             step.take()
-    gathered = _gathered(comm, counts, job.network.shard_strategy)
+    gathered = _gathered(comm, counts, step.graph)
     return Footprint(live.peak, live.at_peak, step.kept, comm.sent, gathered, comm.messages.total())
 
 
-def _gathered(comm: Counting, counts: RankCounts, shard_strategy: str) -> Counter[str]:
-    """Bytes, had every rank given its rows to all others, and their gradients back."""
+def _gathered(comm: Counting, counts: RankCounts, graph: ShardedGraph) -> Counter[str]:
+    """Bytes, had every rank given its rows to all others, and their gradients back; where all travel, as it is."""
     gathered = comm.sent.copy()
     for name, part in counts.parts.items():
-        if name == "processor" and shard_strategy == "heads":
-            continue  # all rows travel as it is
-        owned = part.bounds[counts.rank + 1] - part.bounds[counts.rank]
-        for way, rows in (("forward", owned * (counts.ranks - 1)), ("backward", part.bounds[-1] - owned)):
-            if (tag := f"{name} {way}") in comm.rows:
-                gathered[tag] = comm.rows[tag] * rows
+        if isinstance(getattr(graph, name), Links):
+            owned, nodes = part.bounds[comm.rank + 1] - part.bounds[comm.rank], part.bounds[-1]
+            for way, rows in (("forward", owned * (comm.ranks - 1)), ("backward", nodes - owned)):
+                if (tag := f"{name} {way}") in comm.rows:
+                    gathered[tag] = comm.rows[tag] * rows
     return gathered
 
 
@@ -123,7 +124,8 @@ class _Step:
     def __init__(self, job: Job, counts: RankCounts, live: LiveBytes, comm: Comm) -> None:
         self.job, self.live, self.comm = job, live, comm
         roles, dtype, network = job.roles, job.precision.weights, job.network
-        graph = fake_graph(counts, comm, network.num_chunks, network.shard_strategy, dtype, job.is_compiled)
+        pretence, processor = Pretence(comm, dtype, job.is_compiled), PROCESSORS[network.shard_strategy]
+        self.graph = graph = pretend_graph(counts, pretence, network.num_chunks, processor.pretend)
         some = np.ones(len(roles.variables))
         statistics, outputs = {"mean": some, "stdev": some}, len(roles.outputs)
         before = torch.get_default_dtype()
@@ -204,6 +206,7 @@ def _as_on(job: Job) -> Iterator[None]:
     with ExitStack() as stack:
         if job.accelerator != "cpu":
             stack.enter_context(patch.dict(attention.BLOCK, {"cpu": attention.BLOCK_ELSEWHERE}))
+        stack.enter_context(patch.object(attention_kernel, "_call", lambda *_: None))  # it computes nothing
         stack.enter_context(patch.object(attention, "_blocks", _few_blocks(attention._blocks)))
         yield
 

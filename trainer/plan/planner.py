@@ -15,9 +15,9 @@ import numpy as np
 
 from shardio import Partition, Reading, Topology, partition
 from shardio.errors import PlanError
+from trainer.graph.counts import CutGraph, RankCounts
 from trainer.graph.graph import PARTS, Graph, GraphOptions, build_graph
 from trainer.graph.grid import Float64
-from trainer.plan.counts import CutGraph, RankCounts
 from trainer.plan.estimates import GLOBAL, Densities, estimated_counts, rank_counts
 from trainer.plan.footprint import Footprint, Job, footprint
 

@@ -14,9 +14,10 @@ from torch.nn.functional import gelu, layer_norm, linear
 from shardio.errors import PlanError
 from shardio.load.partition import partition
 from trainer.graph.graph import Edges, Graph, build_graph
-from trainer.graph.sharded_graph import ShardedGraph, shard_graph
+from trainer.graph.sharded_graph import Placement, ShardedGraph, shard_graph
 from trainer.model.layers import take
 from trainer.model.model import EncodeProcessDecode, ModelOptions
+from trainer.model.processor import PROCESSORS
 
 INPUTS, OUTPUTS, BATCH = 7, 3, 2
 OPTIONS = ModelOptions(channels=12, num_layers=2, num_heads=3, mlp_ratio=2, checkpointing=False)
@@ -39,14 +40,16 @@ def graph() -> Graph:
     return build_graph(grid.latitudes, grid.longitudes, cells, 0, grid.graph)
 
 
-def sharded(graph: Graph, num_chunks: int = 1) -> ShardedGraph:
-    return shard_graph(graph, dtype=torch.float64, num_chunks=num_chunks)
+def sharded(graph: Graph, num_chunks: int = 1, shard_strategy: str = "edges") -> ShardedGraph:
+    prepare = PROCESSORS[shard_strategy].prepare
+    return shard_graph(graph, placement=Placement(dtype=torch.float64), num_chunks=num_chunks, prepare=prepare)
 
 
 def model_of(graph: Graph, options: ModelOptions = OPTIONS) -> EncodeProcessDecode:
     """With biases and scales that are not 0 and 1; the same numbers for all options."""
     torch.manual_seed(0)
-    model = EncodeProcessDecode(options, INPUTS, OUTPUTS, sharded(graph, options.num_chunks)).double()
+    part = sharded(graph, options.num_chunks, options.shard_strategy)
+    model = EncodeProcessDecode(options, INPUTS, OUTPUTS, part).double()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.2 * torch.randn_like(parameter)
@@ -175,6 +178,6 @@ def test_sizes_that_cannot_be_are_refused_with_a_remedy() -> None:
 
 def test_unknown_ways_to_cut_the_processor_are_refused(graph: Graph) -> None:
     with pytest.raises(PlanError, match="shard_strategy 'nodes' is unknown"):
-        shard_graph(graph, shard_strategy="nodes")
+        ModelOptions(shard_strategy="nodes")
     with pytest.raises(PlanError, match="num_chunks is 0"):
         shard_graph(graph, num_chunks=0)

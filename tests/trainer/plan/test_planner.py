@@ -22,13 +22,13 @@ from tools.check_plan import compare, measure, predict
 from tools.trainer_step import Sizes
 from trainer.cli import plan as plan_cli
 from trainer.comm import Alone
+from trainer.graph.counts import CutGraph
 from trainer.graph.graph import PARTS, GraphOptions, build_graph
 from trainer.model import attention
 from trainer.model.forecaster import Roles
 from trainer.model.kernels import cpp as attention_kernel
 from trainer.model.model import ModelOptions
 from trainer.model.precision import Precision
-from trainer.plan.counts import CutGraph
 from trainer.plan.estimates import Densities, estimated_counts, rank_counts
 from trainer.plan.footprint import Job, footprint
 from trainer.plan.planner import Field, Planner

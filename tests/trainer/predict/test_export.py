@@ -22,7 +22,7 @@ from shardio import open_dataset
 from shardio.errors import DatasetError, OutputError, PlanError
 from shardio.rechunk import Request, prepare, run
 from trainer.cli.export import main
-from trainer.plan.fake_graph import FakeComm
+from trainer.graph.pretend import FakeComm
 from trainer.predict.export import Exported, compile_program, compiled_path, export, read_program
 from trainer.predict.forecast import Forecast, load
 

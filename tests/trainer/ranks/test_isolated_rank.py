@@ -10,7 +10,7 @@ import torch
 from shardio.load.partition import Partition
 from shardio.source.synthetic import octahedral
 from trainer.graph.graph import Edges, Graph, GraphOptions, build_graph
-from trainer.graph.sharded_graph import shard_graph
+from trainer.graph.sharded_graph import Placement, shard_graph
 from trainer.model.model import EncodeProcessDecode, ModelOptions
 
 THREE = (0, 70, 140, 208)  # cells of o4 on three ranks
@@ -29,7 +29,7 @@ def step(rank: int, comm: Any, bounds: tuple[int, ...], checkpointing: bool) -> 
     cells, options = Partition(bounds, 1, aligned=True), GraphOptions("ico1", processor="mesh")
     cut = build_graph(latitudes, longitudes, Partition(THREE, 1, aligned=True), 0, options).hidden_bounds[1]
     graph = isolated(build_graph(latitudes, longitudes, cells, rank, options), cut)
-    sharded = shard_graph(graph, comm, dtype=torch.float64)
+    sharded = shard_graph(graph, comm, Placement(dtype=torch.float64))
     torch.manual_seed(0)
     sizes = ModelOptions(8, num_layers=2, num_heads=2, checkpointing=checkpointing)
     model = EncodeProcessDecode(sizes, 3, 2, sharded).double()

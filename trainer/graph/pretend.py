@@ -6,22 +6,18 @@ rows and edges alone, never on which they are, so that it runs on such a graph a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
-from unittest.mock import patch
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from trainer.comm import Comm
+from trainer.graph.counts import ChunkCounts, PartCounts, RankCounts
 from trainer.graph.edge_lists import EdgeLists, Table, ends_type
 from trainer.graph.halo import Halo
-from trainer.graph.heads import HeadExchange
 from trainer.graph.sharded_graph import EDGE_FEATURES, NODE_FEATURES, Chunk, Links, ShardedGraph
-from trainer.model.kernels import cpp as attention_kernel
-from trainer.plan.counts import ChunkCounts, PartCounts, RankCounts
 
 T = TypeVar("T")
 
@@ -54,64 +50,56 @@ class FakeComm:
         return thing
 
 
-@contextmanager
-def idle_kernel() -> Iterator[None]:
-    """Within, the compiled kernel computes nothing."""
-    with patch.object(attention_kernel, "_call", lambda *_: None):
-        yield
+@dataclass(frozen=True)
+class Pretence:
+    """Makes what a rank would have, of counts.
+
+    Attributes:
+      comm: the model group.
+      dtype: of coordinates and edge features.
+      compiled: whether the compiled kernel of CPUs is used, which needs no tables.
+    """
+
+    comm: Comm
+    dtype: torch.dtype
+    compiled: bool
+
+    def links(self, name: str, part: PartCounts, num_chunks: int) -> Links:
+        """As sharded_graph.link makes them."""
+        owned = part.bounds[self.comm.rank + 1] - part.bounds[self.comm.rank]
+        halo = Halo(self.comm, name, owned, _ids(sum(part.lent)), part.lent, part.borrowed, _narrow(0))
+        return Links(halo, tuple(self.chunk(one, part.destinations) for one in part.chunks(num_chunks)))
+
+    def chunk(self, counts: ChunkCounts, destinations: int) -> Chunk:
+        """As sharded_graph.cut_chunk makes it, for a rank with so many destinations."""
+        ends = counts.destinations
+        needed = None if len(ends) == destinations else _narrow(counts.sources)
+        features = torch.empty(counts.edges, EDGE_FEATURES, dtype=self.dtype)
+        return Chunk(slice(ends.start, ends.stop), needed, features, _lists(counts, self.compiled))
 
 
-def fake_graph(
-    counts: RankCounts, comm: Comm, num_chunks: int, shard_strategy: str, dtype: torch.dtype, compiled: bool
+def pretend_graph(
+    counts: RankCounts, pretence: Pretence, num_chunks: int, pretend: Callable[[RankCounts, Pretence], Any]
 ) -> ShardedGraph:
     """As sharded_graph.shard_graph makes it of the real graph, tensor by tensor.
 
     Args:
       counts: of the rank.
-      comm: its model group.
-      num_chunks, shard_strategy: as there.
-      dtype: of coordinates and edge features.
-      compiled: whether the compiled kernel of CPUs is used, which needs no tables.
+      pretence: how.
+      num_chunks: as there.
+      pretend: what the processor computes on.
     """
-    halos = {name: _halo(name, part, counts, comm) for name, part in counts.parts.items()}
-    links = {
-        name: Links(halos[name], tuple(_chunk(one, part, dtype, compiled) for one in part.chunks(num_chunks)))
-        for name, part in counts.parts.items()
-        if name != "processor"
-    }
-    heads, whole = None, counts.processor
-    chunk = whole.ends.chunk(range(whole.destinations))
-    halo = halos["processor"]
-    if shard_strategy == "heads" and counts.ranks > 1:
-        heads = HeadExchange(comm, counts.hidden_bounds)
-        chunk = counts.all_processor_edges.chunk(range(counts.hidden_bounds[-1]))
-        none = (0,) * counts.ranks
-        halo = Halo(comm, "processor", halo.owned, _ids(0), none, none, _narrow(0))
-    whole = PartCounts(counts.hidden_bounds, (), (), len(chunk.destinations), counts.processor.ends)
     return ShardedGraph(
-        torch.empty(counts.owned_cells + counts.encoder.halo, NODE_FEATURES, dtype=dtype),
-        torch.empty(counts.owned_hidden, NODE_FEATURES, dtype=dtype),
-        links["encoder"],
-        Links(halo, (_chunk(chunk, whole, dtype, compiled),)),
-        links["decoder"],
-        heads,
+        torch.empty(counts.owned_cells + counts.encoder.halo, NODE_FEATURES, dtype=pretence.dtype),
+        torch.empty(counts.owned_hidden, NODE_FEATURES, dtype=pretence.dtype),
+        pretence.links("encoder", counts.encoder, num_chunks),
+        pretend(counts, pretence),
+        pretence.links("decoder", counts.decoder, num_chunks),
     )
 
 
 def _ids(*shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.int64)
-
-
-def _halo(name: str, part: PartCounts, counts: RankCounts, comm: Comm) -> Halo:
-    owned = part.bounds[counts.rank + 1] - part.bounds[counts.rank]
-    return Halo(comm, name, owned, _ids(sum(part.lent)), part.lent, part.borrowed, _narrow(0))
-
-
-def _chunk(counts: ChunkCounts, part: PartCounts, dtype: torch.dtype, compiled: bool) -> Chunk:
-    destinations = counts.destinations
-    needed = None if len(destinations) == part.destinations else _narrow(counts.sources)
-    features = torch.empty(counts.edges, EDGE_FEATURES, dtype=dtype)
-    return Chunk(slice(destinations.start, destinations.stop), needed, features, _lists(counts, compiled))
 
 
 def _narrow(*shape: int) -> Tensor:
