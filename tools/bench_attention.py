@@ -27,6 +27,7 @@ from shardio.source.synthetic import octahedral
 from trainer.graph.edge_lists import EdgeLists
 from trainer.graph.graph import Edges, GraphOptions, build_graph
 from trainer.model.attention import attend
+from trainer.model.kernel import find_kernel
 
 ALLOCATOR = {  # or glibc faults the pages of large tensors in at each use
     "MALLOC_MMAP_MAX_": "0",
@@ -130,7 +131,7 @@ def candidates(edges: Edges, sources: int) -> dict[str, Contender]:
         return torch.zeros_like(query).scatter_add(1, ends.unsqueeze(-1).expand_as(message), message)
 
     def gather(kernel: str) -> Contender:
-        lists = EdgeLists.build(source, destination, sources, edges.destinations, kernel=kernel)
+        lists = EdgeLists.build(source, destination, sources, edges.destinations, kernel=find_kernel(kernel, "cpu"))
 
         def contender(tensors: list[Tensor]) -> Tensor:
             query, key, value, features, weight = tensors

@@ -90,7 +90,8 @@ def predict(
     cut = CutGraph(graph, cells, sizes.layers)
     names = tuple(f"v{number}" for number in range(sizes.variables))
     network = ModelOptions(
-        sizes.channels, sizes.layers, sizes.heads, 4, sizes.num_chunks, sizes.checkpointing, sizes.shard_strategy
+        *(sizes.channels, sizes.layers, sizes.heads, 4, sizes.num_chunks),
+        *(sizes.checkpointing, sizes.shard_strategy, sizes.kernel),
     )
     roles = Roles(names, names[: sizes.forcings], allow_nan=names[len(names) - sizes.lacking :])
     loss = LossOptions(sizes.loss)

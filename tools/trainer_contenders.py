@@ -92,8 +92,9 @@ def ours(options: argparse.Namespace, rank: int, world: int) -> tuple[Any, Calla
     from shardio.source.synthetic import octahedral
     from trainer.comm import join_world
     from trainer.graph.graph import GraphOptions, build_graph
-    from trainer.graph.sharded_graph import shard_graph
+    from trainer.graph.sharded_graph import Placement, shard_graph
     from trainer.model.forecaster import Forecaster, Roles
+    from trainer.model.kernel import find_kernel
     from trainer.model.loss import LossOptions, build_loss
     from trainer.model.losses.measured import Weighing
     from trainer.model.model import ModelOptions
@@ -105,7 +106,8 @@ def ours(options: argparse.Namespace, rank: int, world: int) -> tuple[Any, Calla
     settings = GraphOptions(options.hidden, processor=processor, processor_layers=options.layers)
     graph = build_graph(latitudes, longitudes, cells, rank, settings)
     comm = join_world()
-    sharded = shard_graph(graph, comm, num_chunks=options.chunks)
+    placement = Placement(kernel=find_kernel("auto", "cpu"))
+    sharded = shard_graph(graph, comm, placement, options.chunks)
     sizes = ModelOptions(
         options.channels, options.layers, options.heads, num_chunks=options.chunks, checkpointing=options.checkpointing
     )

@@ -24,6 +24,7 @@ from trainer.graph.graph import GraphOptions, build_graph
 from trainer.graph.grid import cell_areas
 from trainer.graph.sharded_graph import Placement, shard_graph
 from trainer.model.forecaster import Forecaster, Roles
+from trainer.model.kernel import find_kernel
 from trainer.model.loss import LossOptions, build_loss
 from trainer.model.losses.measured import Weighing
 from trainer.model.model import ModelOptions
@@ -52,6 +53,7 @@ class Sizes:
     checkpointing: bool = True
     shard_strategy: str = "edges"
     loss: str = "mse"
+    kernel: str = "auto"
     grid_chunks: int = 16
     dtype: str = "float32"
 
@@ -90,12 +92,14 @@ class Step:
         edges = GraphOptions(sizes.hidden, processor=kind, processor_layers=sizes.layers)
         self.graph = build_graph(latitudes, longitudes, self.cells, comm.rank, edges)
         dtype, prepare = torch.get_default_dtype(), PROCESSORS[sizes.shard_strategy].prepare
-        sharded = shard_graph(self.graph, comm, Placement(dtype=dtype), sizes.num_chunks, prepare)
+        placement = Placement("cpu", dtype, find_kernel(sizes.kernel, "cpu"))
+        sharded = shard_graph(self.graph, comm, placement, sizes.num_chunks, prepare)
         names = tuple(f"v{number}" for number in range(sizes.variables))
         statistics = {"mean": np.zeros(len(names)), "stdev": np.ones(len(names))}
         roles = Roles(names, names[: sizes.forcings], allow_nan=names[len(names) - sizes.lacking :])
         options = ModelOptions(
-            sizes.channels, sizes.layers, sizes.heads, 4, sizes.num_chunks, sizes.checkpointing, sizes.shard_strategy
+            *(sizes.channels, sizes.layers, sizes.heads, 4, sizes.num_chunks),
+            *(sizes.checkpointing, sizes.shard_strategy, sizes.kernel),
         )
         torch.manual_seed(0)
         changes = np.ones(len(roles.outputs))

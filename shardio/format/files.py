@@ -35,7 +35,9 @@ def atomic(path: Path, sync: bool = True) -> Iterator[Path]:
 
 
 def remove_temporary(folder: Path) -> None:
-    """Remove what killed processes left half-written in a folder, which nobody else may write to meanwhile."""
+    """Remove what killed processes left half-written in a folder, if it is there; nobody else may write meanwhile."""
+    if not folder.exists():
+        return
     with os.scandir(folder) as files:  # one by one: there may be millions
         for file in files:
             if file.name.startswith(".") and TEMPORARY in file.name:

@@ -13,6 +13,8 @@ from tools.check_plan import compare, measure, predict
 from tools.trainer_step import Sizes, Step
 from trainer.comm import Comm
 from trainer.fit.gradients import reduce_gradients
+from trainer.model.kernel import KERNELS
+from trainer.model.kernels.gather import GatherKernel
 from trainer.model.loss import LOSSES, LossOptions
 from trainer.model.loss import Kind as LossKind
 from trainer.model.losses.measured import Measured, Weighing, with_global_value
@@ -99,10 +101,23 @@ RING = ProcessorKind(
 )
 
 
+# ------------------------------------------------------------------------------------------------------------- a kernel
+class ShyKernel(GatherKernel):
+    """Attends most where others attend least."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, tilt: Tensor, *more: Any) -> Any:
+        return super().forward(-query, key, value, -tilt, *more)
+
+    def backward(self, query: Tensor, key: Tensor, value: Tensor, tilt: Tensor, *more: Any) -> Any:
+        d_query, d_key, d_value, d_tilt = super().backward(-query, key, value, -tilt, *more)
+        return -d_query, d_key, d_value, -d_tilt
+
+
 # -------------------------------------------------------------------------------------------- what a rank can be told
 def add_toys() -> None:
     LOSSES["toy"] = LossKind(mean_loss)
     PROCESSORS["toy"] = RING
+    KERNELS["toy"] = ShyKernel()
 
 
 def measured(rank: int, comm: Any, sizes: Sizes) -> dict[str, Any]:
@@ -129,10 +144,10 @@ def gradients(rank: int, comm: Any, sizes: Sizes) -> list[np.ndarray]:
 def toys() -> Iterator[None]:
     add_toys()
     yield
-    del LOSSES["toy"], PROCESSORS["toy"]
+    del LOSSES["toy"], PROCESSORS["toy"], KERNELS["toy"]
 
 
-@pytest.mark.parametrize("knob", [{"loss": "toy"}, {"shard_strategy": "toy"}], ids=str)
+@pytest.mark.parametrize("knob", [{"loss": "toy"}, {"shard_strategy": "toy"}, {"kernel": "toy"}], ids=str)
 def test_a_new_part_is_planned_to_the_byte(run: Callable[..., list[Any]], knob: dict[str, str]) -> None:
     sizes = replace(SIZES, **knob)
     row = compare(predict(sizes, "32-true", 3), run(measured, [{"sizes": sizes}] * 3))
@@ -140,7 +155,7 @@ def test_a_new_part_is_planned_to_the_byte(run: Callable[..., list[Any]], knob: 
     assert row["predicted"] == row["measured"]
 
 
-@pytest.mark.parametrize("knob", [{"loss": "toy"}, {"shard_strategy": "toy"}], ids=str)
+@pytest.mark.parametrize("knob", [{"loss": "toy"}, {"shard_strategy": "toy"}, {"kernel": "toy"}], ids=str)
 def test_a_new_part_trains_alike_on_any_number_of_ranks(run: Callable[..., list[Any]], knob: dict[str, str]) -> None:
     sizes = replace(SIZES, **knob)
     (alone,) = run(gradients, [{"sizes": sizes}])

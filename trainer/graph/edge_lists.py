@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -20,10 +21,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from shardio.errors import PlanError
-from trainer.model.kernels import cpp as attention_kernel
 
 Int64 = NDArray[np.int64]
-KERNELS = ("auto", "torch", "cpp")
 PADDING = 8  # of the places in a table, one in so many may be empty
 MOST_EDGES = 2**31 - 1
 
@@ -70,6 +69,18 @@ class Block:
     empty: Tensor | None
 
 
+class Layout(Protocol):
+    """What lists of edges have to know of the kernel that attends along them. Attributes: whether it wants tables."""
+
+    @property
+    def tables(self) -> bool: ...
+
+
+def wants_tables(kernel: Layout | None) -> bool:
+    """Whether lists for this kernel have tables; those for none have."""
+    return kernel is None or kernel.tables
+
+
 @dataclass(frozen=True, eq=False)
 class EdgeLists:
     """Edges by destination and by source, built once, shared by all layers; nothing in a step depends on data.
@@ -80,8 +91,8 @@ class EdgeLists:
       offsets: int32 [destinations + 1], the edges of destination i are offsets[i] to offsets[i + 1]; None where all
         have `most`.
       most: edges of the destination that has most.
-      incoming, outgoing: the tables of destinations and of sources; none for the compiled kernel, which needs none.
-      compiled: whether the compiled kernel takes them.
+      incoming, outgoing: the tables of destinations and of sources; none for a kernel that wants none.
+      kernel: that attends along them; None for torch's.
     """
 
     sources: int
@@ -91,7 +102,7 @@ class EdgeLists:
     most: int
     incoming: tuple[Table, ...]
     outgoing: tuple[Table, ...]
-    compiled: bool
+    kernel: Any
 
     @staticmethod
     def build(
@@ -100,7 +111,7 @@ class EdgeLists:
         sources: int,
         destinations: int,
         device: torch.device | str = "cpu",
-        kernel: str = "auto",
+        kernel: Layout | None = None,
     ) -> EdgeLists:
         """List edges by their ends.
 
@@ -108,39 +119,37 @@ class EdgeLists:
           source, destination: [edges], local ids, by ascending destination; features are to be given in this order.
           sources, destinations: how many nodes there are; those without edges get zeros.
           device: where the lists live.
-          kernel: torch, cpp (for CPUs, compiled when first used), or auto: cpp where it can be had.
-        Raises: PlanError if an edge ends at no node, edges are not by destination or too many, or the kernel is
-          unknown.
+          kernel: that will attend along them; default: torch's.
+        Raises: PlanError if an edge ends at no node, edges are not by destination, or too many.
         """
         start, end = (np.asarray(torch.as_tensor(ids).cpu()) for ids in (source, destination))
         _check(start, end, sources, destinations)
-        compiled = is_compiled(kernel, torch.device(device))
         degrees = np.bincount(end, minlength=destinations)
         most = int(degrees.max(initial=0))
         offsets = None
         if not is_regular(degrees):
             offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(degrees)]).astype(np.int32)).to(device)
-        ends = torch.from_numpy(start.astype(np.int32)).to(device, ends_type(sources, compiled))
+        ends = torch.from_numpy(start.astype(np.int32)).to(device, ends_type(sources, kernel))
         incoming: tuple[Table, ...] = ()
         outgoing: tuple[Table, ...] = ()
-        if not compiled:
+        if wants_tables(kernel):
             incoming = tuple(Table(*one).to(device) for one in tables(degrees))
             outgoing = tuple(one.to(device) for one in _outgoing(start, sources))
-        return EdgeLists(sources, destinations, ends, offsets, most, incoming, outgoing, compiled)
+        return EdgeLists(sources, destinations, ends, offsets, most, incoming, outgoing, kernel)
 
     @property
     def edges(self) -> int:
         """Number of edges."""
         return len(self.ends)
 
-    def for_torch(self) -> EdgeLists:
-        """With tables; made of those for the compiled kernel where a type turns up that it does not know."""
-        return self._with_tables if self.compiled else self
+    def with_tables(self) -> EdgeLists:
+        """For torch's kernel, also where a type turns up that another does not know."""
+        return self if wants_tables(self.kernel) else self._with_tables
 
     @cached_property
     def _with_tables(self) -> EdgeLists:
-        destination = self._end(torch.arange(self.edges))  # of the compiled kernel, on a CPU and in 32 bits
-        return EdgeLists.build(self.ends, destination, self.sources, self.destinations, kernel="torch")
+        destination = self._end(torch.arange(self.edges))  # without tables: in 32 bits
+        return EdgeLists.build(self.ends, destination, self.sources, self.destinations, self.ends.device)
 
     def blocks_in(self, table: Table, rows: int) -> Iterator[Block]:
         """A table of destinations, so many nodes at a time."""
@@ -191,26 +200,14 @@ def _check(start: Int64, end: Int64, sources: int, destinations: int) -> None:
         raise PlanError(f"{end.size} edges are too many for one rank. Use more ranks, or more chunks.")
 
 
-def is_compiled(kernel: str, device: torch.device) -> bool:
-    """Whether the compiled kernel is to be used; PlanError if cpp is asked for and cannot be had."""
-    if kernel not in KERNELS:
-        raise PlanError(f"attention kernel {kernel!r} is unknown. Use one of: {', '.join(KERNELS)}.")
-    if kernel == "torch" or (kernel == "auto" and device.type != "cpu"):
-        return False
-    library, why = attention_kernel.load() if device.type == "cpu" else (None, f"it is for CPUs, not {device.type}")
-    if kernel == "cpp" and library is None:
-        raise PlanError(f"attention kernel cpp cannot be had: {why}. Use kernel auto or torch.")
-    return library is not None
-
-
 def is_regular(degrees: Int64) -> bool:
     """Whether all nodes have equally many edges, and some."""
     return bool(degrees.size and degrees[0] and (degrees == degrees[0]).all())
 
 
-def ends_type(sources: int, compiled: bool) -> torch.dtype:
+def ends_type(sources: int, kernel: Layout | None) -> torch.dtype:
     """The narrowest type for ids of so many nodes."""
-    return torch.int16 if sources <= 2**16 and not compiled else torch.int32
+    return torch.int16 if sources <= 2**16 and wants_tables(kernel) else torch.int32
 
 
 def tables(degrees: Int64) -> Iterator[tuple[Tensor | range, int, bool]]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from trainer.comm import Comm
 from trainer.graph.counts import ChunkCounts, PartCounts, RankCounts
-from trainer.graph.edge_lists import EdgeLists, Table, ends_type
+from trainer.graph.edge_lists import EdgeLists, Layout, Table, ends_type
 from trainer.graph.halo import Halo
 from trainer.graph.sharded_graph import EDGE_FEATURES, NODE_FEATURES, Chunk, Links, ShardedGraph
 
@@ -57,12 +57,12 @@ class Pretence:
     Attributes:
       comm: the model group.
       dtype: of coordinates and edge features.
-      compiled: whether the compiled kernel of CPUs is used, which needs no tables.
+      kernel: of attention.
     """
 
     comm: Comm
     dtype: torch.dtype
-    compiled: bool
+    kernel: Layout
 
     def links(self, name: str, part: PartCounts, num_chunks: int) -> Links:
         """As sharded_graph.link makes them."""
@@ -75,7 +75,7 @@ class Pretence:
         ends = counts.destinations
         needed = None if len(ends) == destinations else _narrow(counts.sources)
         features = torch.empty(counts.edges, EDGE_FEATURES, dtype=self.dtype)
-        return Chunk(slice(ends.start, ends.stop), needed, features, _lists(counts, self.compiled))
+        return Chunk(slice(ends.start, ends.stop), needed, features, _lists(counts, self.kernel))
 
 
 def pretend_graph(
@@ -106,15 +106,15 @@ def _narrow(*shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.int32)
 
 
-def _lists(counts: ChunkCounts, compiled: bool) -> EdgeLists:
-    into, out = ([], []) if compiled else (counts.incoming, counts.outgoing)
+def _lists(counts: ChunkCounts, kernel: Layout) -> EdgeLists:
+    into, out = (counts.incoming, counts.outgoing) if kernel.tables else ([], [])
     incoming = tuple(Table(_nodes(nodes), width, full) for nodes, width, full in into)
     outgoing = tuple(Table(_nodes(nodes), width, full, _narrow(len(nodes), width)) for nodes, width, full in out)
     destinations = len(counts.destinations)
-    ends = torch.empty(counts.edges, dtype=ends_type(counts.sources, compiled))
+    ends = torch.empty(counts.edges, dtype=ends_type(counts.sources, kernel))
     offsets = None if counts.regular else _narrow(destinations + 1)
     most = counts.incoming[0][1] if counts.incoming else 0
-    return EdgeLists(counts.sources, destinations, ends, offsets, most, incoming, outgoing, compiled)
+    return EdgeLists(counts.sources, destinations, ends, offsets, most, incoming, outgoing, kernel)
 
 
 def _nodes(nodes: Tensor | range) -> Tensor | range:

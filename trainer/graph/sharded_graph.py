@@ -20,7 +20,7 @@ from torch import Tensor
 from shardio import balanced
 from shardio.errors import PlanError
 from trainer.comm import Alone, Comm
-from trainer.graph.edge_lists import EdgeLists, by_degree, is_compiled
+from trainer.graph.edge_lists import EdgeLists, Layout, by_degree, wants_tables
 from trainer.graph.graph import Edges, Graph
 from trainer.graph.halo import Halo, build_halo, exchange
 
@@ -85,12 +85,12 @@ class ShardedGraph:
 class Placement:
     """Where tensors of the graph live, of which type coordinates and edge features are, and for which kernel.
 
-    Attributes: device; dtype; kernel: of attention, see EdgeLists.build.
+    Attributes: device; dtype; kernel: of attention; None for torch's.
     """
 
     device: torch.device | str = "cpu"
     dtype: torch.dtype = torch.float32
-    kernel: str = "auto"
+    kernel: Layout | None = None
 
     def values(self, array: NDArray[Any]) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, self.dtype)
@@ -144,7 +144,7 @@ def shard_graph(
       placement: of the tensors.
       num_chunks: ranges of destinations that encoder and decoder compute one after the other.
       prepare: what the processor computes on.
-    Raises: PlanError if num_chunks is less than 1, or the kernel not to be had; TopologyError if ranks' cuts differ.
+    Raises: PlanError if num_chunks is less than 1; TopologyError if the ranks' cuts differ.
     """
     if num_chunks < 1:
         raise PlanError(f"num_chunks is {num_chunks}. Use 1 or more.")
@@ -168,7 +168,7 @@ def cut_chunk(edges: Edges, source: NDArray[Any], rows: int, destinations: slice
     if count == edges.destinations:
         return Chunk(destinations, None, features, placement.lists(source, destination, rows, count))
     needed, place = np.unique(source, return_inverse=True)
-    if not is_compiled(placement.kernel, torch.device(placement.device)):  # whose tables have their sources in a row
+    if wants_tables(placement.kernel):  # which have their sources in a row
         order = by_degree(place, needed.size)
         needed, place = needed[order], np.argsort(order)[place]
     sources = torch.from_numpy(needed.astype(np.int32)).to(placement.device)

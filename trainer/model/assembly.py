@@ -14,6 +14,7 @@ from trainer.graph.graph import GraphOptions, build_graph
 from trainer.graph.grid import cell_areas
 from trainer.graph.sharded_graph import Placement, ShardedGraph, shard_graph
 from trainer.model.forecaster import Forecaster, Roles
+from trainer.model.kernel import find_kernel
 from trainer.model.loss import LossOptions, build_loss, variable_weights
 from trainer.model.losses.measured import Loss, Weighing
 from trainer.model.model import ModelOptions
@@ -28,8 +29,9 @@ def assemble_graph(
     """This rank's part of the graph, ready to compute on. All ranks of the group call it together."""
     options = replace(graph, processor_layers=network.num_layers)
     part = build_graph(dataset.latitudes, dataset.longitudes, share.cells, share.rank, options, cache)
-    placement, prepare = Placement(share.device, torch.get_default_dtype()), PROCESSORS[network.shard_strategy].prepare
-    return shard_graph(part, share.comm, placement, network.num_chunks, prepare)
+    kernel = find_kernel(network.kernel, share.device)
+    placement = Placement(share.device, torch.get_default_dtype(), kernel)
+    return shard_graph(part, share.comm, placement, network.num_chunks, PROCESSORS[network.shard_strategy].prepare)
 
 
 def assemble_areas(dataset: Dataset, share: Share) -> Tensor:

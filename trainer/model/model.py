@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from shardio.errors import PlanError
 from trainer.graph.halo import exchange
 from trainer.graph.sharded_graph import NODE_FEATURES, ShardedGraph
+from trainer.model.kernel import AUTO, check_kernel
 from trainer.model.layers import Block, maybe_checkpoint, take
 from trainer.model.processor import PROCESSORS
 from trainer.model.processors.layers import Layers
@@ -27,6 +28,7 @@ class ModelOptions:
       num_chunks: encoder and decoder compute their destinations in so many parts, one after the other.
       checkpointing: compute activations again in backward instead of keeping them.
       shard_strategy: of the processor: edges (halo exchange) or heads (all-to-all over attention heads).
+      kernel: of attention: auto, cpp (for CPUs, compiled when first used) or torch.
     """
 
     channels: int = 128
@@ -36,11 +38,13 @@ class ModelOptions:
     num_chunks: int = 1
     checkpointing: bool = False
     shard_strategy: str = "edges"
+    kernel: str = AUTO
 
     def __post_init__(self) -> None:
         for name in ("channels", "num_layers", "num_heads", "mlp_ratio", "num_chunks"):
             if getattr(self, name) < 1:
                 raise PlanError(f"{name} is {getattr(self, name)}. Use 1 or more.")
+        check_kernel(self.kernel)
         if self.shard_strategy not in PROCESSORS:
             known = ", ".join(PROCESSORS)
             raise PlanError(f"shard_strategy {self.shard_strategy!r} is unknown. Use one of: {known}.")

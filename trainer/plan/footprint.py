@@ -10,28 +10,23 @@ GPUs; the optimizer on all weights at once; and, with autocast, LayerNorm in flo
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from trainer.comm import Comm, Counting
 from trainer.fit.gradients import reduce_gradients
 from trainer.fit.optimizer import OptimizerOptions, build_optimizer
 from trainer.graph.counts import RankCounts
-from trainer.graph.edge_lists import Block
 from trainer.graph.pretend import FakeComm, Pretence, pretend_graph
 from trainer.graph.sharded_graph import Links, ShardedGraph
-from trainer.model import attention
 from trainer.model.forecaster import Forecaster, Roles
-from trainer.model.kernels import cpp as attention_kernel
+from trainer.model.kernel import find_kernel
+from trainer.model.kernels.kernel import Kernel
 from trainer.model.loss import LossOptions, build_loss
 from trainer.model.losses.measured import Weighing
 from trainer.model.model import ModelOptions
@@ -39,8 +34,6 @@ from trainer.model.precision import Precision
 from trainer.model.processor import PROCESSORS
 from trainer.plan.live_bytes import LiveBytes
 from trainer.step import forecast_loss
-
-MOST_BLOCKS = 2  # of each table of edges: the others are alike, and only neighbours overlap
 
 
 @dataclass(frozen=True)
@@ -70,9 +63,10 @@ class Job:
     averages: bool = False
 
     @property
-    def is_compiled(self) -> bool:
-        """Whether attention runs by the compiled kernel of CPUs."""
-        return self.accelerator == "cpu" and attention_kernel.load()[0] is not None
+    def kernel(self) -> Kernel:
+        """What stands for the kernel of attention."""
+        device = torch.device("cpu" if self.accelerator == "cpu" else "cuda")
+        return find_kernel(self.network.kernel, device).planned(device)
 
 
 @dataclass(frozen=True)
@@ -98,7 +92,7 @@ class Footprint:
 def footprint(job: Job, counts: RankCounts) -> Footprint:
     """What a rank with so much of the graph holds and sends, from the second step on."""
     comm, live = Counting(FakeComm(counts.rank, counts.ranks)), LiveBytes()
-    with _as_on(job), FakeTensorMode(allow_non_fake_inputs=True):
+    with FakeTensorMode(allow_non_fake_inputs=True):
         step = _Step(job, counts, live, comm)
         with live:
             step.begin()
@@ -124,7 +118,7 @@ class _Step:
     def __init__(self, job: Job, counts: RankCounts, live: LiveBytes, comm: Comm) -> None:
         self.job, self.live, self.comm = job, live, comm
         roles, dtype, network = job.roles, job.precision.weights, job.network
-        pretence, processor = Pretence(comm, dtype, job.is_compiled), PROCESSORS[network.shard_strategy]
+        pretence, processor = Pretence(comm, dtype, job.kernel), PROCESSORS[network.shard_strategy]
         self.graph = graph = pretend_graph(counts, pretence, network.num_chunks, processor.pretend)
         some = np.ones(len(roles.variables))
         statistics, outputs = {"mean": some, "stdev": some}, len(roles.outputs)
@@ -200,25 +194,6 @@ def _without_numbers(model: Forecaster) -> Forecaster:
 
 
 # --------------------------------------------------------------------------------------- what differs between devices
-@contextmanager
-def _as_on(job: Job) -> Iterator[None]:
-    """Blocks of attention as large as there, but only the first of each table."""
-    with ExitStack() as stack:
-        if job.accelerator != "cpu":
-            stack.enter_context(patch.dict(attention.BLOCK, {"cpu": attention.BLOCK_ELSEWHERE}))
-        stack.enter_context(patch.object(attention_kernel, "_call", lambda *_: None))  # it computes nothing
-        stack.enter_context(patch.object(attention, "_blocks", _few_blocks(attention._blocks)))
-        yield
-
-
-def _few_blocks(every: Any) -> Any:
-    def blocks(cut: Any, tables: Any, rows: Tensor) -> Iterator[Block]:
-        for table in tables:
-            yield from islice(every(cut, (table,), rows), MOST_BLOCKS)
-
-    return blocks
-
-
 def _as_gpus_do(model: nn.Module, optimizer: torch.optim.Optimizer, autocast: bool) -> None:
     for group in optimizer.param_groups:
         group["foreach"] = True

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 import shardio
 from shardio import atomic
 from shardio.errors import DatasetError, OutputError, PlanError
+from trainer.graph.sharded_graph import ShardedGraph
 from trainer.model.forecaster import Forecaster, known_or_mean, put, without_value
 from trainer.predict.forecast import Forecast
 
@@ -96,12 +97,20 @@ def export(forecast: Forecast, path: str | os.PathLike[str], overwrite: bool = F
     sizes = {0: torch.export.Dim("batch"), 2: torch.export.Dim("ensemble")}
     with torch.no_grad():
         step = Step(model, *coordinates).eval()
+        _make_tables(forecast.forecaster.network.graph)
         program = torch.export.export(step, (example,), dynamic_shapes=(sizes,), strict=False)
     program.example_inputs = ((torch.zeros(()).expand_as(example),), {})  # stored as one number
     about = describe(forecast)
     with _in_place_of(target) as partial:
         torch.export.save(program, partial, extra_files={ABOUT: json.dumps(about, indent=2)})
     return Exported(target, len(program.graph.nodes), target.stat().st_size, about)
+
+
+def _make_tables(graph: ShardedGraph) -> None:
+    """Once, of lists that have none: while a program is traced arrays have no numbers."""
+    for links in (graph.encoder, graph.processor, graph.decoder):
+        for chunk in links.chunks:
+            chunk.lists.with_tables()
 
 
 def describe(forecast: Forecast) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from trainer.graph.counts import CutGraph
 from trainer.graph.graph import Graph, GraphOptions, build_graph
 from trainer.graph.pretend import Pretence, pretend_graph
 from trainer.graph.sharded_graph import Placement, ShardedGraph, shard_graph
+from trainer.model.kernel import KERNELS
 from trainer.model.processor import PROCESSORS
 
 MOST = 20  # bytes
@@ -58,7 +59,7 @@ def bytes_of_edges(graph: ShardedGraph) -> int:
 def test_an_edge_weighs_at_most_20_bytes(name: str, kernel: str, num_chunks: int) -> None:
     graph = graph_of(name)
     edges = sum(getattr(graph, part).source.size for part in ("encoder", "processor", "decoder"))
-    sharded = shard_graph(graph, placement=Placement(kernel=kernel), num_chunks=num_chunks)
+    sharded = shard_graph(graph, placement=Placement(kernel=KERNELS[kernel]), num_chunks=num_chunks)
     assert 12 * edges < bytes_of_edges(sharded) <= MOST * edges  # 12 are the features
 
 
@@ -68,9 +69,9 @@ def test_an_edge_weighs_at_most_20_bytes(name: str, kernel: str, num_chunks: int
 def test_the_plan_holds_the_same_bytes(name: str, kernel: str, num_chunks: int) -> None:
     graph = graph_of(name)
     counts = CutGraph(graph, graph.cells, GRAPHS[name].processor_layers).rank(0)
-    pretence = Pretence(Alone(), torch.float32, kernel == "cpp")
+    pretence = Pretence(Alone(), torch.float32, KERNELS[kernel])
     planned = pretend_graph(counts, pretence, num_chunks, PROCESSORS["edges"].pretend)
-    sharded = shard_graph(graph, placement=Placement(kernel=kernel), num_chunks=num_chunks)
+    sharded = shard_graph(graph, placement=Placement(kernel=KERNELS[kernel]), num_chunks=num_chunks)
     ours, theirs = ([(t.shape, t.dtype) for t in tensors(one)] for one in (sharded, planned))
     assert ours == theirs
 
@@ -78,7 +79,7 @@ def test_the_plan_holds_the_same_bytes(name: str, kernel: str, num_chunks: int) 
 @pytest.mark.parametrize("kernel", ["torch", "cpp"])
 def test_what_is_held_twice_would_be_seen(kernel: str) -> None:
     graph = graph_of("knn")
-    sharded = shard_graph(graph, placement=Placement(kernel=kernel))
+    sharded = shard_graph(graph, placement=Placement(kernel=KERNELS[kernel]))
     edges = sum(getattr(graph, part).source.size for part in ("encoder", "processor", "decoder"))
     again = sharded.decoder.chunks[0].lists.ends.long().clone()
     assert bytes_of_edges(sharded) + again.nbytes > MOST * edges
@@ -86,7 +87,7 @@ def test_what_is_held_twice_would_be_seen(kernel: str) -> None:
 
 def test_ends_in_16_bits_are_those_of_the_edges() -> None:
     graph = graph_of("knn")
-    lists = shard_graph(graph, placement=Placement(kernel="torch")).encoder.chunks[0].lists
+    lists = shard_graph(graph, placement=Placement(kernel=KERNELS["torch"])).encoder.chunks[0].lists
     (blocks,) = [[block for table in lists.incoming for block in lists.blocks_in(table, 1000)]]
     ends = torch.cat([block.ends.flatten() for block in blocks])
     edges = torch.cat([block.edges.flatten() for block in blocks])

@@ -20,10 +20,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from shardio.errors import PlanError
-from trainer.graph.edge_lists import PADDING, EdgeLists
-from trainer.model import attention
+from trainer.graph.edge_lists import PADDING, EdgeLists, wants_tables
 from trainer.model.attention import attend
+from trainer.model.kernel import find_kernel
 from trainer.model.kernels import cpp as attention_kernel
+from trainer.model.kernels import gather
 
 both_kernels = pytest.mark.parametrize("kernel", ["torch", "cpp"])
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1.5e-2}
@@ -49,7 +50,7 @@ class Case:
 
     def lists(self, kernel: str) -> EdgeLists:
         ends = np.array(self.source, dtype=np.int64), np.array(self.destination, dtype=np.int64)
-        return EdgeLists.build(*ends, self.sources, self.destinations, kernel=kernel)
+        return EdgeLists.build(*ends, self.sources, self.destinations, kernel=find_kernel(kernel, "cpu"))
 
     def tensors(self, dtype: torch.dtype = torch.float64) -> list[Tensor]:
         """Query, key, value, tilt, features, all rounded as dtype rounds."""
@@ -150,7 +151,7 @@ def test_nodes_of_no_edge_to_a_hundred_are_exact(kernel: str, dtype: torch.dtype
 def test_blocks_change_nothing_but_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     case = star(40)
     whole = outputs_and_gradients(attend, case.tensors(), case.lists("torch"))
-    monkeypatch.setitem(attention.BLOCK, "cpu", 1)
+    monkeypatch.setitem(gather.BLOCK, "cpu", 1)
     for a, b in zip(outputs_and_gradients(attend, case.tensors(), case.lists("torch")), whole, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-13)
 
@@ -271,7 +272,7 @@ class Largest(TorchDispatchMode):
 
 @both_kernels
 def test_no_tensor_has_all_edges_and_all_channels(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(attention.BLOCK, "cpu", 10_000)
+    monkeypatch.setitem(gather.BLOCK, "cpu", 10_000)
     case = star(60)
     tensors, lists = case.tensors(), case.lists(kernel)
     with Largest() as largest:
@@ -313,7 +314,7 @@ def test_without_a_compiler_attention_is_torch_and_one_line_says_why(
     monkeypatch.setenv("CXX", "no-such-compiler")
     case = star(3)
     with caplog.at_level(logging.INFO):
-        assert [case.lists("auto").compiled for _ in range(3)] == [False] * 3
+        assert [wants_tables(case.lists("auto").kernel) for _ in range(3)] == [True] * 3
     (line,) = caplog.messages
     assert "there is no C++ compiler 'no-such-compiler'" in line
     with pytest.raises(PlanError, match=r"no C\+\+ compiler 'no-such-compiler'.* Use kernel auto or torch"):
@@ -335,7 +336,7 @@ def test_a_compiler_that_fails_is_quoted_and_leaves_nothing_behind(
 def test_a_cache_that_cannot_be_written_is_no_reason_to_fail(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(fresh / "file"))
     (fresh / "file").touch()
-    assert not star(3).lists("auto").compiled
+    assert wants_tables(star(3).lists("auto").kernel)
 
 
 def test_ranks_that_compile_at_once_all_get_the_library_and_later_ones_find_it(
@@ -384,7 +385,8 @@ def test_a_user_without_a_home_trains_without_the_kernel(fresh: Path, monkeypatc
 
 
 def test_importing_compiles_nothing() -> None:
-    code = "import trainer.model.attention as a; assert a.attention_kernel.load.cache_info().currsize == 0"
+    load = "from trainer.model.kernels.cpp import load"
+    code = f"from trainer.model.model import ModelOptions; {load}; assert load.cache_info().currsize == 0"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -410,7 +412,7 @@ def test_what_does_not_fit_is_refused_with_a_remedy() -> None:
         EdgeLists.build(np.array([0, 0]), np.array([1, 0]), 1, 2)
     with pytest.raises(PlanError, match=r"sources \(2,\) and destinations \(1,\)"):
         EdgeLists.build(np.array([0, 0]), np.array([0]), 1, 2)
-    with pytest.raises(PlanError, match=r"'cuda' is unknown\. Use one of: auto, torch, cpp"):
-        EdgeLists.build(np.array([0]), np.array([0]), 1, 1, kernel="cuda")
+    with pytest.raises(PlanError, match=r"'cuda' is unknown\. Use one of: auto, cpp, torch"):
+        find_kernel("cuda", "cpu")
     with pytest.raises(PlanError, match="it is for CPUs, not meta"):
-        EdgeLists.build(np.array([0]), np.array([0]), 1, 1, device="meta", kernel="cpp")
+        find_kernel("cpp", "meta")

@@ -15,6 +15,7 @@ from shardio.errors import PlanError
 from shardio.load.partition import partition
 from trainer.graph.graph import Edges, Graph, build_graph
 from trainer.graph.sharded_graph import Placement, ShardedGraph, shard_graph
+from trainer.model.kernel import find_kernel
 from trainer.model.layers import take
 from trainer.model.model import EncodeProcessDecode, ModelOptions
 from trainer.model.processor import PROCESSORS
@@ -42,7 +43,8 @@ def graph() -> Graph:
 
 def sharded(graph: Graph, num_chunks: int = 1, shard_strategy: str = "edges") -> ShardedGraph:
     prepare = PROCESSORS[shard_strategy].prepare
-    return shard_graph(graph, placement=Placement(dtype=torch.float64), num_chunks=num_chunks, prepare=prepare)
+    placement = Placement(dtype=torch.float64, kernel=find_kernel("auto", "cpu"))
+    return shard_graph(graph, placement=placement, num_chunks=num_chunks, prepare=prepare)
 
 
 def model_of(graph: Graph, options: ModelOptions = OPTIONS) -> EncodeProcessDecode:

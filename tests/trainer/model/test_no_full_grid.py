@@ -15,7 +15,7 @@ from watch import NARROW, Watch, living_ids, rows_allowed
 from shardio.load.partition import partition
 from shardio.load.reading import meet
 from trainer.comm import Counting
-from trainer.graph.edge_lists import EdgeLists
+from trainer.graph.edge_lists import EdgeLists, wants_tables
 from trainer.graph.graph import build_graph
 from trainer.step import forecast_loss
 
@@ -64,9 +64,9 @@ def _tables(setup: Setup) -> dict[int, str]:
     for links in (graph.encoder, graph.processor, graph.decoder):
         for chunk in links.chunks:
             lists: EdgeLists = chunk.lists
-            assert not lists.compiled or not (lists.incoming or lists.outgoing)
+            assert wants_tables(lists.kernel) == bool(lists.incoming and lists.outgoing)
             sizes |= {lists.destinations + 1: "offsets", lists.edges + 1: "places for p, one of them for empty places"}
-            for tables in (lists.for_torch().incoming, lists.for_torch().outgoing):
+            for tables in (lists.with_tables().incoming, lists.with_tables().outgoing):
                 assert sum(len(table) * table.width for table in tables) <= lists.edges * 1.3
                 sizes |= {len(table) * table.width: "places in a table" for table in tables}
                 sizes |= {len(table): "nodes with equally many edges" for table in tables}

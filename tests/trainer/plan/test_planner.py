@@ -24,9 +24,9 @@ from trainer.cli import plan as plan_cli
 from trainer.comm import Alone
 from trainer.graph.counts import CutGraph
 from trainer.graph.graph import PARTS, GraphOptions, build_graph
-from trainer.model import attention
 from trainer.model.forecaster import Roles
 from trainer.model.kernels import cpp as attention_kernel
+from trainer.model.kernels import gather
 from trainer.model.model import ModelOptions
 from trainer.model.precision import Precision
 from trainer.plan.estimates import Densities, estimated_counts, rank_counts
@@ -111,7 +111,7 @@ def test_every_rank_is_predicted_not_only_the_largest(run: Callable[..., list[An
 
 def test_attention_without_the_compiled_kernel_is_predicted_from_a_few_of_its_blocks() -> None:
     sizes = replace(SIZES, checkpointing=True)
-    with patch.object(attention_kernel, "load", lambda: (None, "")), patch.dict(attention.BLOCK, {"cpu": 2**14}):
+    with patch.object(attention_kernel, "load", lambda: (None, "left out")), patch.dict(gather.BLOCK, {"cpu": 2**14}):
         row = compare(predict(sizes, "32-true", 1), [measure(Alone(), sizes, "32-true")])
     assert 0.0 <= row["error"] < 0.1, row
 
@@ -127,18 +127,18 @@ def test_the_parts_of_the_peak_are_the_peak() -> None:
 
 # --------------------------------------------------------------------------------------------------------------- reads
 def reads_of(rank: int, comm: Any, path: str, topology: Topology) -> tuple[list[int], int]:
-    """Dates of the first sample, and bytes decoded for it."""
+    """Dates of the first sample, and bytes of the chunks read for it, decoded."""
     loader = ShardedDataLoader(
         open_dataset(path), topology, input_steps=2, target_steps=2, seed=1, prefetch=1, group=comm.group, threads=1
     )
     decoded = []
-    decode = NativeReader.decode
+    stored = NativeReader.stored
 
-    def counted(self: Any, stored: Any, out: Any, where: str) -> None:
-        decoded.append(out.nbytes)
-        decode(self, stored, out, where)
+    def counted(self: Any, *chunk: Any) -> Any:
+        decoded.append(self.layout.chunk_bytes)
+        return stored(self, *chunk)
 
-    with patch.object(NativeReader, "decode", counted):
+    with patch.object(NativeReader, "stored", counted):
         batch = next(iter(loader))
         batch.wait()
     loader.close()

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -175,7 +176,7 @@ def test_what_is_no_program_is_refused_by_name(tmp_path: Path, forecast: Forecas
     with pytest.raises(DatasetError, match=r"broken\.pt2 is no program"):
         read_program(tmp_path / "broken.pt2")
     half = share_of(FakeComm(0, 2), 2, forecast.dataset)
-    two = Forecast(forecast.trained, forecast.forecaster, forecast.dataset, half)
+    two = replace(forecast, share=half)
     with pytest.raises(PlanError, match="cut over 2 ranks"):
         export(two, tmp_path / "model.pt2")
 

@@ -1,1 +1,1 @@
-"""Attention kernels, one a file: a table of them is in attention.py."""
+"""Attention kernels, one a file: a table of them is in trainer/model/kernel.py."""

@@ -14,6 +14,7 @@ import shlex
 import shutil
 import stat
 import subprocess
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from shardio import atomic
+from trainer.graph.edge_lists import EdgeLists
 
 logger = logging.getLogger(__name__)
 
@@ -99,62 +101,66 @@ def _open(path: Path) -> ctypes.CDLL:
     return library
 
 
-def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    tilt: Tensor,
-    features: Tensor,
-    ends: Tensor,
-    offsets: Tensor | None,
-    most: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The two sums, and log sum exp(logit) [batch, destinations, heads]. All tensors are contiguous.
+@dataclass(frozen=True)
+class CppKernel:
+    """Attributes: idle: computes nothing, for plans."""
 
-    Args:
-      query, key, value, tilt: of one of TYPES.
-      features: [edges, features] in the type of sums, as the result log sum exp is.
-      ends, offsets, most: of EdgeLists, int32.
-    """
-    out, carried = torch.empty_like(query), torch.empty_like(tilt)
-    offset = features.new_empty(query.shape[:3])
-    arrays = (offsets, ends, query, key, value, tilt, features, out, carried, offset)
-    _call("attend_forward", query, key, features, most, arrays)
-    return out, carried, offset
+    idle: bool = False
+    tables = False
 
+    def lacking(self, device: torch.device) -> str:
+        """Why there is no library, or that the device is no CPU."""
+        return load()[1] if device.type == "cpu" else f"it is for CPUs, not {device.type}"
 
-def backward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    tilt: Tensor,
-    features: Tensor,
-    offset: Tensor,
-    out: Tensor,
-    carried: Tensor,
-    ends: Tensor,
-    offsets: Tensor | None,
-    most: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value, tilt, given those of the two sums; the edges as for `forward`."""
-    gradients = tuple(torch.empty_like(tensor) for tensor in (query, key, value, tilt))
-    batch, _, heads, _ = query.shape
-    weights, slopes = features.new_empty(2, batch, len(features), heads)
-    inputs = (query, key, value, tilt, features, offset, out, carried)
-    arrays = (offsets, ends, *inputs, *gradients, weights, slopes)
-    _call("attend_backward", query, key, features, most, arrays)
-    return gradients[0], gradients[1], gradients[2], gradients[3]
+    def supports(self, dtype: torch.dtype) -> bool:
+        """Those of TYPES."""
+        return dtype in TYPES
 
+    def planned(self, device: torch.device) -> CppKernel:
+        """It makes what it makes before it is called."""
+        return CppKernel(idle=True)
 
-def _call(
-    name: str, query: Tensor, key: Tensor, features: Tensor, most: int, arrays: tuple[Tensor | None, ...]
-) -> None:
-    library, why = load()
-    if library is None:
-        raise RuntimeError(f"the lists ask for a compiled kernel that this process cannot have: {why}")
-    batch, destinations, heads, depth = query.shape
-    edges, width = features.shape
-    sizes = (batch, destinations, key.shape[1], heads, depth, width, edges, most, torch.get_num_threads())
-    pointers = [0 if tensor is None else tensor.data_ptr() for tensor in arrays]
-    function = getattr(library, name)
-    function(query.element_size(), (ctypes.c_int64 * len(sizes))(*sizes), (ctypes.c_void_p * len(pointers))(*pointers))
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, tilt: Tensor, features: Tensor, lists: EdgeLists
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See Kernel."""
+        out, carried = torch.empty_like(query), torch.empty_like(tilt)
+        offset = features.new_empty(query.shape[:3])
+        arrays = (query, key, value, tilt, features, out, carried, offset)
+        self._call("attend_forward", query, key, features, lists, arrays)
+        return out, carried, offset
+
+    def backward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        tilt: Tensor,
+        features: Tensor,
+        offset: Tensor,
+        out: Tensor,
+        carried: Tensor,
+        lists: EdgeLists,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """See Kernel."""
+        gradients = tuple(torch.empty_like(tensor) for tensor in (query, key, value, tilt))
+        batch, _, heads, _ = query.shape
+        weights, slopes = features.new_empty(2, batch, len(features), heads)
+        inputs = (query, key, value, tilt, features, offset, out, carried)
+        self._call("attend_backward", query, key, features, lists, (*inputs, *gradients, weights, slopes))
+        return gradients[0], gradients[1], gradients[2], gradients[3]
+
+    def _call(
+        self, name: str, query: Tensor, key: Tensor, features: Tensor, lists: EdgeLists, arrays: tuple[Tensor, ...]
+    ) -> None:
+        if self.idle:
+            return
+        library, why = load()
+        if library is None:
+            raise RuntimeError(f"the lists ask for a compiled kernel that this process cannot have: {why}")
+        batch, destinations, heads, depth = query.shape
+        edges, width = features.shape
+        sizes = (batch, destinations, key.shape[1], heads, depth, width, edges, lists.most, torch.get_num_threads())
+        pointers = [0 if tensor is None else tensor.data_ptr() for tensor in (lists.offsets, lists.ends, *arrays)]
+        lengths, places = (ctypes.c_int64 * len(sizes))(*sizes), (ctypes.c_void_p * len(pointers))(*pointers)
+        getattr(library, name)(query.element_size(), lengths, places)
