@@ -6,7 +6,7 @@
 A rank owns the edges that end at its nodes. Sources are global ids: those of other ranks are the halo (halo.py).
 
 Nothing but the two cuts depends on the number of ranks, bit for bit. To that end all cells are taken in the same
-blocks on every rank, distances are compared as this file computes them, and every rank asks the same KD-tree.
+blocks, each by one rank (survey.py), distances are compared as computed here, and every rank asks the same KD-tree.
 Nor does the order of the cells in the dataset decide which edges there are: of equally near nodes or cells, the mesh
 and the places decide, never a number that follows that order.
 While it builds, a rank holds the hidden mesh and its processor edges whole, but the cells one block at a time.
@@ -27,9 +27,9 @@ from shardio import Partition
 from shardio.errors import PlanError, TopologyError
 from trainer.graph import graph_cache
 from trainer.graph.graph_cache import Arrays, cache_path
-from trainer.graph.grid import Float64, Frames, Int32, Int64, Mesh, build_mesh, check_places, dot, mesh_nodes
+from trainer.graph.grid import Float64, Int32, Int64, Mesh, build_mesh, mesh_nodes
+from trainer.graph.survey import BLOCK_CELLS, Gather, Near, Survey, take_survey
 
-BLOCK_CELLS = 2**16
 DECODER_NEIGHBOURS = 3
 PROCESSORS = ("knn", "mesh", "multiscale")
 PARTS = ("encoder", "processor", "decoder")
@@ -127,6 +127,7 @@ def build_graph(
     rank: int,
     options: GraphOptions | None = None,
     cache: str | os.PathLike[str] | None = None,
+    gather: Gather | None = None,
 ) -> Graph:
     """What `rank` owns of the graph; put together over the ranks it is the one-rank graph, bit for bit.
 
@@ -141,23 +142,26 @@ def build_graph(
       rank: in the model group.
       options: default GraphOptions().
       cache: folder in which what was built is kept, under a name made of all inputs.
+      gather: what every rank says to all others of the model group, as all_gather_object; then all of them call this
+        together, and each looks at its part of the cells only. None: this rank looks at all cells itself.
     Raises: DatasetError if a coordinate is not one; PlanError if the hidden mesh is unknown or finer than the grid, or
       the partition is of another grid; TopologyError if there are more ranks than hidden nodes, or no such rank;
       OutputError if the cache cannot be written.
     """
     options = options or GraphOptions()
-    check_places(latitudes, longitudes)
     if cells.bounds[-1] != latitudes.size:
         raise PlanError(f"the partition is of {cells.bounds[-1]} cells, the grid has {latitudes.size}. Cut this grid.")
     if not 0 <= rank < cells.ranks:
         raise TopologyError(f"rank {rank} is not in a model group of {cells.ranks}. Ranks count from 0.")
     if cache is None:
-        return _build(latitudes, longitudes, cells, rank, options)
+        return _build(latitudes, longitudes, cells, rank, options, gather)
     path = cache_path(Path(cache), (latitudes, longitudes), (cells, rank, options))
     kept = graph_cache.load(path, [*_OWN, *(f"{part}_{name}" for part in PARTS for name in _OF_EDGES)])
-    if kept is not None:
+    if kept is not None and (gather is None or all(gather(True))):
         return _from_arrays(kept, cells, rank)
-    graph = _build(latitudes, longitudes, cells, rank, options)
+    if kept is None and gather is not None:
+        gather(False)
+    graph = _build(latitudes, longitudes, cells, rank, options, gather)
     graph_cache.save(path, _as_arrays(graph))
     return graph
 
@@ -178,12 +182,19 @@ def _from_arrays(arrays: Arrays, cells: Partition, rank: int) -> Graph:
     return Graph(rank, cells, tuple(bounds.tolist()), *places, *edges)  # type: ignore[arg-type]
 
 
-def _build(latitudes: Float64, longitudes: Float64, cells: Partition, rank: int, options: GraphOptions) -> Graph:
+def _build(
+    latitudes: Float64,
+    longitudes: Float64,
+    cells: Partition,
+    rank: int,
+    options: GraphOptions,
+    gather: Gather | None,
+) -> Graph:
     mesh = build_mesh(options.hidden)
-    near = _Near(latitudes, longitudes, mesh, options.cutoff)
-    survey = _take_survey(near)
-    kept = np.flatnonzero(survey.nearest >= 0)
-    order = kept[np.lexsort((kept, survey.nearest[kept]))]
+    near = Near(latitudes, longitudes, mesh, options.cutoff)
+    survey = take_survey(near, rank, cells.ranks, gather) if gather else take_survey(near)
+    kept = np.flatnonzero(survey.cell >= 0)
+    order = kept[np.lexsort((kept, survey.cell[kept]))]
     number = np.full(near.nodes.position.shape[0], -1)
     number[order] = np.arange(order.size)
     _check_sizes(mesh, order.size, cells)
@@ -221,88 +232,16 @@ def _check_sizes(mesh: Mesh, hidden: int, cells: Partition) -> None:
         )
 
 
-# ------------------------------------------------------------------------------------------- cells and mesh nodes
-@dataclass(frozen=True)
-class _Pairs:
-    """Cells and mesh nodes that are near one another, [pairs]."""
-
-    cell: Int64
-    node: Int64  # of the whole mesh
-    square: Float64  # of the chord between them
-    feeds: NDArray[np.bool_]  # within the cut-off, or the node is the cell's nearest
-
-
-class _Near:
-    """Finds pairs, the cells in blocks that are the same on all ranks."""
-
-    def __init__(self, latitudes: Float64, longitudes: Float64, mesh: Mesh, cutoff: float) -> None:
-        self.latitudes, self.longitudes, self.spacing = latitudes, longitudes, mesh.spacing
-        self.nodes = Frames.of(mesh.latitudes, mesh.longitudes)
-        self.tree = cKDTree(self.nodes.position)
-        self.blocks = range(math.ceil(latitudes.size / BLOCK_CELLS))
-        self.cutoff, self.reach = (_chord(factor * mesh.spacing) for factor in (cutoff, max(cutoff, 1.0)))
-
-    def cells(self, block: int) -> Frames:
-        cells = slice(block * BLOCK_CELLS, (block + 1) * BLOCK_CELLS)
-        return Frames.of(self.latitudes[cells], self.longitudes[cells])
-
-    def pairs(self, position: Float64, block: int) -> _Pairs:
-        """Within reach, or of a cell and its nearest node; position [cells of the block, 3]."""
-        loose = self.reach * (1.0 + 1e-9)  # the tree proposes; what is within reach is decided below
-        found = cKDTree(position).sparse_distance_matrix(self.tree, loose, output_type="ndarray")
-        nearest = self.tree.query(position)[1]
-        cell = np.concatenate([found["i"], np.arange(len(position))])
-        node = np.concatenate([found["j"], nearest])
-        chord = position[cell] - self.nodes.position[node]
-        square, is_nearest = dot(chord, chord), node == nearest[cell]
-        again = np.arange(cell.size) >= len(found)  # the nearest nodes: to be added if they are out of reach
-        keep = (square <= self.reach**2) != again
-        feeds = (square <= self.cutoff**2) | is_nearest
-        return _Pairs(cell[keep] + block * BLOCK_CELLS, node[keep], square[keep], feeds[keep])
-
-
-def _chord(angle: float) -> float:
-    return 2.0 * math.sin(min(angle, math.pi) / 2.0)
-
-
-@dataclass(frozen=True)
-class _Survey:
-    """What the cells mean to each node of the mesh, [nodes]."""
-
-    nearest: Int64  # the nearest cell; -1 if none is near
-    feeding: Int64  # cells that feed the node by cut-off or as their nearest
-    first: Int64  # block with cells near the node
-    last: Int64
-
-
-def _take_survey(near: _Near) -> _Survey:
-    nodes = len(near.nodes.position)
-    feeding, first, last = np.zeros(nodes, np.int64), np.full(nodes, len(near.blocks)), np.full(nodes, -1)
-    nearest = np.full((nodes, 5), np.inf)  # square of the chord, place and number of the nearest cell: ties go by place
-    for block in near.blocks:
-        position = near.cells(block).position
-        pairs = near.pairs(position, block)
-        feeding += np.bincount(pairs.node[pairs.feeds], minlength=nodes)
-        met = np.unique(pairs.node)
-        first[met], last[met] = np.minimum(first[met], block), block
-        place = position[pairs.cell - block * BLOCK_CELLS]
-        rivals = np.concatenate([nearest[met], np.column_stack([pairs.square, place, pairs.cell])])
-        ranking = np.lexsort((*rivals.T[::-1], np.concatenate([met, pairs.node])))
-        rivals_of = np.bincount(np.searchsorted(met, pairs.node)) + 1
-        nearest[met] = rivals[ranking[np.cumsum(rivals_of) - rivals_of]]
-    cell = np.where(last >= 0, nearest[:, -1], -1.0).astype(np.int64)
-    return _Survey(cell, feeding, first, last)
-
-
-def _encoder(near: _Near, survey: _Survey, number: Int64, mine: slice) -> Edges:
+# -------------------------------------------------------------------------------------------------------------- edges
+def _encoder(near: Near, survey: Survey, number: Int64, mine: slice) -> Edges:
     """Pairs that feed my hidden nodes; a node that none feeds is fed by its nearest cell."""
-    owned = (number >= mine.start) & (number < mine.stop)
+    owned, nearest = (number >= mine.start) & (number < mine.stop), survey.cell
     blocks = range(survey.first[owned].min(), survey.last[owned].max() + 1)
     found: list[tuple[Int64, Int64, Float64]] = []
     for block in blocks:
         position = near.cells(block).position
         pairs = near.pairs(position, block)
-        feeds = pairs.feeds | ((survey.feeding[pairs.node] == 0) & (survey.nearest[pairs.node] == pairs.cell))
+        feeds = pairs.feeds | ((survey.feeding[pairs.node] == 0) & (nearest[pairs.node] == pairs.cell))
         chosen = feeds & owned[pairs.node]
         cell, node = pairs.cell[chosen], pairs.node[chosen]
         features = near.nodes[node].towards(position[cell - block * BLOCK_CELLS]) / near.spacing
@@ -311,7 +250,7 @@ def _encoder(near: _Near, survey: _Survey, number: Int64, mine: slice) -> Edges:
     return _edges(source, destination, features, mine)
 
 
-def _decoder(near: _Near, number: Int64, owned: slice) -> Edges:
+def _decoder(near: Near, number: Int64, owned: slice) -> Edges:
     """From the nearest hidden nodes to each owned cell."""
     node = np.flatnonzero(number >= 0)
     tree, neighbours = cKDTree(near.nodes.position[node]), np.arange(1, min(DECODER_NEIGHBOURS, node.size) + 1)

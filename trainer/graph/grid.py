@@ -76,18 +76,18 @@ def dot(a: Float64, b: Float64) -> Float64:
     return a[:, 0] * b[:, 0] + a[:, 1] * b[:, 1] + a[:, 2] * b[:, 2]
 
 
-def check_places(latitudes: Float64, longitudes: Float64) -> None:
-    """DatasetError unless both are [cells], finite, and the latitudes within -90 to 90 degrees."""
+def check_places(latitudes: Float64, longitudes: Float64, first: int = 0) -> None:
+    """DatasetError unless both are [cells], finite, and the latitudes within -90 to 90 degrees; cells from `first`."""
     if latitudes.ndim != 1 or latitudes.shape != longitudes.shape:
         raise DatasetError(
             f"latitudes {latitudes.shape} and longitudes {longitudes.shape} must both be [cells]: flatten them."
         )
     bad = np.flatnonzero(~(np.isfinite(longitudes) & (np.abs(latitudes) <= 90.0)))
     if bad.size:
-        cell = bad[0]
+        latitude, longitude = latitudes[bad[0]], longitudes[bad[0]]
         raise DatasetError(
-            f"{bad.size} cells have no place on the globe, the first is cell {cell}: latitude {latitudes[cell]}, "
-            f"longitude {longitudes[cell]}. Give degrees, latitudes within -90 to 90, and leave out cells without any."
+            f"{bad.size} cells have no place on the globe, the first is cell {first + bad[0]}: latitude {latitude}, "
+            f"longitude {longitude}. Give degrees, latitudes within -90 to 90, and leave out cells without any."
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -28,9 +29,9 @@ def assemble_graph(
 ) -> ShardedGraph:
     """This rank's part of the graph, ready to compute on. All ranks of the group call it together."""
     options = replace(graph, processor_layers=network.num_layers)
-    part = build_graph(dataset.latitudes, dataset.longitudes, share.cells, share.rank, options, cache)
-    kernel = find_kernel(network.kernel, share.device)
-    placement = Placement(share.device, torch.get_default_dtype(), kernel)
+    gather = partial(share.comm.gather, tag="survey")
+    part = build_graph(dataset.latitudes, dataset.longitudes, share.cells, share.rank, options, cache, gather)
+    placement = Placement(share.device, torch.get_default_dtype(), find_kernel(network.kernel, share.device))
     return shard_graph(part, share.comm, placement, network.num_chunks, PROCESSORS[network.shard_strategy].prepare)
 
 
