@@ -35,8 +35,11 @@ def atomic(path: Path, sync: bool = True) -> Iterator[Path]:
 
 
 def remove_temporary(folder: Path) -> None:
-    """Remove what killed processes left half-written in a folder, if it is there; nobody else may write meanwhile."""
-    if not folder.exists():
+    """Remove what killed processes left half-written in a folder, which nobody else may write to meanwhile.
+
+    A folder that is not there yet has nothing in it.
+    """
+    if not folder.is_dir():
         return
     with os.scandir(folder) as files:  # one by one: there may be millions
         for file in files:

@@ -77,6 +77,11 @@ def test_what_a_kill_leaves_is_removed(python, tmp_path):
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]
 
 
+def test_a_folder_that_is_not_there_yet_has_nothing_to_remove(tmp_path):
+    remove_temporary(tmp_path / "checkpoints")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(("theirs", "ours"), [(False, False), (False, True), (True, False), (True, True)])
 def test_a_lock_has_one_holder_until_that_is_killed(theirs, ours, tmp_path):
     path = tmp_path / "lock"
