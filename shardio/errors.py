@@ -26,7 +26,11 @@ class OutputError(ShardioError):
 
 
 class HeldError(OutputError):
-    """A file that one process may write at a time is held by another."""
+    """A file that one process may write at a time is held by another, `holder`: process 12 on node-3."""
+
+    def __init__(self, path: object, holder: str):
+        super().__init__(f"{path} is held by {holder}. Wait for it, or stop it.")
+        self.holder = holder
 
 
 class TopologyError(ShardioError):

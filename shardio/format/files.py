@@ -85,7 +85,7 @@ def _open_locked(path: Path, kind: int) -> int:
         except BlockingIOError:
             holder = os.pread(descriptor, 200, 0).decode(errors="replace")
             os.close(descriptor)
-            raise HeldError(f"{path} is held by {holder or 'another process'}. Wait for it, or stop it.") from None
+            raise HeldError(path, holder or "another process") from None
         except OSError:
             return descriptor
         with suppress(FileNotFoundError):
