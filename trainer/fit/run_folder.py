@@ -73,8 +73,8 @@ def claim(folder: Path) -> Iterator[None]:
             stack.enter_context(lock(folder / LOCK))
         except HeldError as error:
             raise OutputError(
-                f"another `trainer fit` is writing to {folder}: {error.holder}. Wait for it, or choose another folder with "
-                "--output."
+                f"another `trainer fit` is writing to {folder}: {error.holder}. Wait for it, or choose another folder "
+                "with --output."
             ) from None
         except OSError as error:
             raise OutputError(
