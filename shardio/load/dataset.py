@@ -5,20 +5,22 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from datetime import UTC, date, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from shardio.dates import Dates, between, format_step, frequency_seconds, parse_step
+from shardio.dates import Dates, format_step, frequency_seconds, parse_step
 from shardio.errors import DatasetError, SelectionError
 from shardio.format.boxes import as_cut
 from shardio.format.metadata import array_metadata
 from shardio.format.store import REMOTE, open_store
+from shardio.load.digest import digest_grid
 from shardio.load.indexing import expand, outer
 from shardio.load.join import Part, join, narrow
+from shardio.load.period import When, keep_between, keep_every
 from shardio.load.statistics import statistics_of, tendencies_of
 from shardio.source.anemoi import AnemoiSource
 from shardio.source.order import CELL_ORDER
@@ -26,7 +28,6 @@ from shardio.source.source import Extra, Selection
 from shardio.write.job import refuse_unfinished
 
 Names = str | Sequence[str] | None
-When = str | int | date | np.datetime64 | None  # datetime is a date
 
 
 class ReadCostWarning(UserWarning):
@@ -135,6 +136,11 @@ class Dataset:
         """
         return tendencies_of(self._origins, self._stored_names, parse_step(delta or str(self.frequency)))
 
+    @cached_property
+    def grid_digest(self) -> str:
+        """Of the places of all cells, in any order: found once, as it sorts the grid."""
+        return digest_grid(self.latitudes, self.longitudes)
+
     def __len__(self) -> int:
         return len(self.dates)
 
@@ -219,7 +225,7 @@ def open_dataset(
     joined = join(sources)
     names, dates = joined.variables, joined.dates
     chosen = Selection(select=_names(select), drop=_names(drop)).variables(names, joined.where)
-    kept = _every(frequency, dates, _between(dates, start, end, joined.where))
+    kept = keep_every(frequency, dates, keep_between(dates, start, end, joined.where))
     new_names = _renamed([names[i] for i in chosen], rename or {})
     parts = [part for old in joined.parts if (part := narrow(old, kept, chosen)) is not None]
     origins = sources if statistics is None else [_open(os.fspath(statistics))]
@@ -253,35 +259,6 @@ def _tell_cost(source: AnemoiSource) -> None:
             ReadCostWarning,
             stacklevel=3,
         )
-
-
-def _between(dates: Dates, start: When, end: When, where: str) -> range:
-    return between(dates, _as_text(start), _as_text(end), where)
-
-
-def _as_text(when: When) -> str | None:
-    if isinstance(when, datetime) and when.tzinfo is not None:
-        when = when.astimezone(UTC).replace(tzinfo=None)
-    if isinstance(when, np.datetime64) and np.datetime_data(when.dtype)[0] in ("ms", "us", "ns"):
-        when = when.astype("datetime64[s]")
-    return None if when is None else str(when)
-
-
-def _every(step: str | None, dates: Dates, kept: range) -> NDArray[np.int64]:
-    """Indices of the dates that lie a multiple of `step` after the first one kept."""
-    indices = np.arange(kept.start, kept.stop)
-    base = frequency_seconds(dates)
-    if step is None or base is None:
-        return indices
-    seconds = parse_step(step)
-    if seconds % base:
-        raise SelectionError(
-            f"frequency {step} is not a multiple of {format_step(base)}, the step of the dataset. "
-            f"Use {format_step(base)}, {format_step(2 * base)}, {format_step(4 * base)}, ..."
-        )
-    since = (dates[indices] - dates[indices[0]]).astype(np.int64)
-    kept_indices: NDArray[np.int64] = indices[since % seconds == 0]
-    return kept_indices
 
 
 def _renamed(names: list[str], rename: Mapping[str, str]) -> list[str]:

@@ -24,7 +24,6 @@ from trainer.model.assembly import (
     assemble_forecaster,
     assemble_graph,
     assemble_loss,
-    grid_digest,
 )
 from trainer.model.forecaster import Forecaster, Roles
 from trainer.model.loss import LossOptions
@@ -216,7 +215,7 @@ class ForecastModule(LightningModule):
             "step_seconds": dataset.step,
             "graph": asdict(self.graph_options),
             "network": asdict(self.network_options),
-            "grid": grid_digest(dataset),
+            "grid": dataset.grid_digest,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

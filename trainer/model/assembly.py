@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import replace
 from functools import partial
 
@@ -58,12 +57,3 @@ def assemble_loss(dataset: Dataset, forecaster: Forecaster, areas: Tensor, optio
     tendencies = dict(zip(names, forecaster.tendencies.tolist(), strict=True))
     weights = variable_weights(names, options, tendencies, dataset.variables_metadata(names))
     return build_loss(options, Weighing(areas, areas.new_tensor(weights), share.comm))
-
-
-def grid_digest(dataset: Dataset) -> str:
-    """Of the places of all cells, in whatever order they are stored."""
-    order = np.lexsort((dataset.longitudes, dataset.latitudes))
-    digest = hashlib.sha256()
-    for coordinates in (dataset.latitudes, dataset.longitudes):
-        digest.update(np.ascontiguousarray(coordinates[order], np.float64))
-    return digest.hexdigest()[:16]

@@ -10,6 +10,7 @@ from shardio.errors import SelectionError
 from trainer.comm import Comm, sum_arrays
 
 MOST_PAIRS = 32
+PIECE = 2**16  # cells
 SEED = 0  # of the pairs drawn: every rank, and every run, draws the same
 
 
@@ -46,11 +47,13 @@ def _sampled(dataset: Dataset, cells: slice, comm: Comm) -> NDArray[np.float64]:
     pairs = sampled_pairs(dataset).tolist()
     reads = Reads([Wanted(dataset, date + later) for date in pairs for later in (0, 1)], cells, ahead=2)
     for _ in pairs:
-        now, then = next(reads).astype(np.float64), next(reads).astype(np.float64)
-        change = (then - now).reshape(len(dataset.variables), -1)
-        known = np.isfinite(change)
-        change = np.where(known, change, 0.0)
-        sums += known.sum(axis=1), change.sum(axis=1), (change**2).sum(axis=1)
+        now, then = next(reads), next(reads)
+        for start in range(0, now.shape[-1], PIECE):  # so that a rank never holds its cells in float64
+            piece = slice(start, start + PIECE)
+            change = (then[..., piece].astype(np.float64) - now[..., piece]).reshape(len(dataset.variables), -1)
+            known = np.isfinite(change)
+            change = np.where(known, change, 0.0)
+            sums += known.sum(axis=1), change.sum(axis=1), (change**2).sum(axis=1)
     sums = sum_arrays(comm, sums, "tendencies")
     count = np.maximum(sums[0], 1.0)
     scales: NDArray[np.float64] = np.sqrt(np.maximum(sums[2] / count - (sums[1] / count) ** 2, 0.0))

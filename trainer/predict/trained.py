@@ -14,7 +14,6 @@ from torch import Tensor
 from shardio import Dataset
 from shardio.dates import format_step, parse_start, parse_step
 from shardio.errors import DatasetError, SelectionError
-from trainer.model.assembly import grid_digest
 from trainer.model.forecaster import Roles
 from trainer.model.saved import load
 
@@ -93,7 +92,7 @@ def check_variables(trained: Trained, dataset: Dataset) -> None:
             f"the model was trained on {', '.join(lacking)} too, which the dataset lacks: it has "
             f"{', '.join(dataset.variables)}. Give a dataset with all variables of the training."
         )
-    if trained.about.get("grid", grid_digest(dataset)) != grid_digest(dataset):
+    if trained.about.get("grid", dataset.grid_digest) != dataset.grid_digest:
         raise DatasetError(
             f"the model was trained on another grid than that of this dataset, {dataset.shape[3]} cells. Give a "
             "dataset on the grid of the training; the order of its cells does not matter."

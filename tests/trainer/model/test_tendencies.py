@@ -14,6 +14,7 @@ from shardio import Dataset, open_dataset
 from shardio.errors import SelectionError
 from shardio.load.partition import partition
 from trainer.comm import Alone
+from trainer.model import tendencies
 from trainer.model.tendencies import MOST_PAIRS, relative_tendencies, sampled_pairs
 
 KINDS = ("mean", "stdev", "minimum", "maximum")
@@ -105,6 +106,14 @@ def test_the_standard_deviation_is_that_of_the_pairs_without_nan(path: str) -> N
     dataset = open_dataset(path)
     assert np.isnan(dataset[0, VARIABLES.index(MASKED)]).any()
     assert of_all(dataset) == pytest.approx(measured(dataset, sampled_pairs(dataset)), rel=1e-6)
+
+
+def test_changes_are_summed_in_pieces_of_any_size(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = open_dataset(path)
+    whole = of_all(dataset)
+    for piece in (1, 7, dataset.shape[3] - 1):
+        monkeypatch.setattr(tendencies, "PIECE", piece)
+        np.testing.assert_allclose(of_all(dataset), whole, rtol=1e-12)
 
 
 def test_pairs_are_one_step_apart_and_not_missing(path: str) -> None:
