@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test check docs perf perf-accept clean
+.PHONY: help demo test test-quick check docs perf perf-accept clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -29,8 +29,11 @@ demo: .venv/.installed  ## make datasets, cut, verify, plot and load them, train
 	$(BIN)/trainer predict --config trainer/cli/configs/demo.yaml --dataset demo/o32.zarr --output demo/forecasts \
 		--ckpt_path demo/run/checkpoints/last.ckpt --start 2020-02-10 --lead-time 120h --evaluate
 
-test: check  ## all checks, then all tests
-	$(BIN)/pytest
+test: check  ## all checks, then all tests, on two processes
+	$(BIN)/pytest -n 2 --dist loadfile
+
+test-quick: .venv/.installed  ## tests that start no other process: a part of them, in under 3 minutes
+	$(BIN)/pytest -n 2 --dist loadfile -m "not slow"
 
 check: .venv/.installed docs  ## lint, format, types, import rules, shell scripts, documentation
 	$(BIN)/ruff check
