@@ -76,7 +76,7 @@ class Heard(Counting):
         return super().sum(tensor, tag)
 
     def gather(self, thing: Any, tag: str) -> Any:
-        self.heard.append(("gather", tag, len(thing)))
+        self.heard.append(("gather", tag, len(thing) if isinstance(thing, str) else 0))
         return super().gather(thing, tag)
 
 

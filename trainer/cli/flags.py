@@ -76,8 +76,9 @@ def _options(parser: Any) -> dict[str, Any]:
 
 def _refuse_unknown(parser: Any, takes: Collection[str], name: str, where: str = "") -> None:
     """Keys inside of an option, such as model.loss.variable_weights.t, are its own; inside of a group they are not."""
-    inside = [one for one in takes if name.startswith(f"{one}.")]
-    if name not in takes and (not inside or any(one.startswith(f"{max(inside)}.") for one in takes)):
+    inside = max((one for one in takes if name.startswith(f"{one}.")), default="")
+    parts = (one for one in takes if one.startswith(f"{inside}.") and not one.endswith(".help"))
+    if name not in takes and (not inside or any(parts)):
         parser.error(f"{parser.prog.replace(' [options]', '')} has no option {name}{where}.{meant(name, takes)}")
 
 

@@ -64,7 +64,9 @@ def test_training_on_many_ranks_is_training_on_one(
         for name, start in expected["start"].items():
             assert np.array_equal(result["start"][name], start)
             change, expected_change = result["weights"][name] - start, expected["weights"][name] - start
-            assert np.abs(expected_change).max() > 0.003 * np.abs(start).max(), f"{name} hardly moved: nothing is shown"
+            # Scales and biases do not decay: in float32 they move by their gradients alone, fifty tolerances.
+            least = 0.003 if start.ndim > 1 or case.precision == "float64" else 50 * tolerance
+            assert np.abs(expected_change).max() > least * np.abs(start).max(), f"{name} hardly moved: nothing is shown"
             if case.precision == "float64":
                 assert_close(change, expected_change, tolerance, f"change of {name}")
 

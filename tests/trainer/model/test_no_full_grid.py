@@ -90,6 +90,7 @@ def _reads(setup: Setup, batch: Any) -> dict[int, str]:
         read = [chunks[chunk] for chunk in reading.chunks_read(date, setup.share.rank)]
         lengths = [(part.stop - part.start) * per_cell for part in read]
         sizes[sum(-(-length // ALIGNED) * ALIGNED for length in lengths)] = "buffer of a date"
+        sizes |= dict.fromkeys((sum(lengths), sum(lengths) // per_cell), "cells of a date that the rank reads")
         if reading.exchanges:
             sizes[sum(lengths) * len(dates)] = "all that is read, to be sent"
     if reading.exchanges:
