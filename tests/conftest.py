@@ -8,6 +8,8 @@ HERE = Path(__file__).parent
 STARTERS = {"process", "begin", "cluster", "pool", "checkpoint"}  # fixtures that start processes, or wait for some
 SLOW = (  # that start some themselves, or take half a minute in one
     *("test_bench_peers.py", "test_examples.py", "test_package.py", "test_perf.py", "test_readme.py", "test_slurm.py"),
+    *("shardio/check/test_verify.py", "shardio/load/test_ranks.py", "shardio/load/test_remote.py"),
+    *("shardio/rechunk/test_again.py", "shardio/rechunk/test_plan.py", "shardio/write/test_written.py"),
     *("trainer/cli", "trainer/fit", "trainer/predict", "trainer/ranks", "trainer/plan"),
 )
 
