@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -95,9 +96,10 @@ class Source(Protocol):
     zarr_format: int = 3
     layout: ArrayLayout | None = None
 
+    @abstractmethod
     def fingerprint(self) -> str:
         """Of what is there now: metadata, attributes, dates, and the size of every file. A copy has the same."""
-        raise NotImplementedError
+        ...
 
     def changed(self) -> str:
         """When the files were last written, with a digest of the times of all; empty where the store has no times.
@@ -106,12 +108,13 @@ class Source(Protocol):
         """
         return ""
 
+    @abstractmethod
     def read(self, dates: slice, cells: slice, out: NDArray[np.float32], pool: Executor | None = None) -> None:
         """Fill `out` [date, variable, ensemble, cell] with selected dates and variables.
 
         Raises: ChunkError where stored bytes are missing or damaged, or a number does not fit in float32.
         """
-        raise NotImplementedError
+        ...
 
     def streams(self, date: int, largest_block: int) -> bool:
         """Whether `stream` gives this date, and holds at most `largest_block` decoded bytes of a row."""

@@ -15,6 +15,7 @@ from trainer.comm import Comm
 from trainer.fit.gradients import reduce_gradients
 from trainer.model.kernel import KERNELS
 from trainer.model.kernels.gather import GatherKernel
+from trainer.model.kernels.kernel import Rows
 from trainer.model.loss import LOSSES, LossOptions
 from trainer.model.loss import Kind as LossKind
 from trainer.model.losses.measured import Measured, Weighing, with_global_value
@@ -105,12 +106,15 @@ RING = ProcessorKind(
 class ShyKernel(GatherKernel):
     """Attends most where others attend least."""
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, tilt: Tensor, *more: Any) -> Any:
-        return super().forward(-query, key, value, -tilt, *more)
+    def forward(self, rows: Rows, *more: Any) -> Any:
+        return super().forward(_turned(rows), *more)
 
-    def backward(self, query: Tensor, key: Tensor, value: Tensor, tilt: Tensor, *more: Any) -> Any:
-        d_query, d_key, d_value, d_tilt = super().backward(-query, key, value, -tilt, *more)
-        return -d_query, d_key, d_value, -d_tilt
+    def backward(self, rows: Rows, *more: Any) -> Rows:
+        return _turned(super().backward(_turned(rows), *more))
+
+
+def _turned(rows: Rows) -> Rows:
+    return rows._replace(query=-rows.query, tilt=-rows.tilt)
 
 
 # -------------------------------------------------------------------------------------------- what a rank can be told

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from shardio.errors import PlanError
 from trainer.graph.edge_lists import EdgeLists
 from trainer.model.kernels.gather import GatherKernel
-from trainer.model.kernels.kernel import Kernel, wide
+from trainer.model.kernels.kernel import Kernel, Rows, wide
 
 TORCH = GatherKernel()  # for types that another does not know, and for torch.export
 
@@ -59,12 +59,9 @@ def attend(
         dtype = torch.get_autocast_dtype(kind)
     query, key, value, tilt = [tensor.to(dtype).contiguous() for tensor in (query, key, value, tilt)]
     if torch.compiler.is_compiling():  # by torch.export: a program of torch's own functions, without gradients
-        return TORCH.forward(query, key, value, tilt, features.to(wide(dtype)), lists)[:2]
+        return TORCH.forward(Rows(query, key, value, tilt), features.to(wide(dtype)), lists)[:2]
     attended: tuple[Tensor, Tensor] = _Attention.apply(query, key, value, tilt, features, lists)  # type: ignore[no-untyped-call]
     return attended
-
-
-_Tensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 class _Attention(torch.autograd.Function):
@@ -72,22 +69,23 @@ class _Attention(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, tilt: Tensor, features: Tensor, lists: EdgeLists
     ) -> tuple[Tensor, Tensor]:
-        query, key, value, tilt = (tensor.contiguous() for tensor in (query, key, value, tilt))
+        rows = Rows(*(tensor.contiguous() for tensor in (query, key, value, tilt)))
         features = features.to(wide(query.dtype)).contiguous()
         kernel = _kernel_of(lists, query.dtype)
         with torch.autocast(query.device.type, enabled=False):
-            out, carried, offset = kernel.forward(query, key, value, tilt, features, lists)
+            out, carried, offset = kernel.forward(rows, features, lists)
         ctx.lists = lists
-        ctx.save_for_backward(query, key, value, tilt, features, offset)
+        ctx.save_for_backward(*rows, features, offset)
         return out, carried
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, out: Tensor, carried: Tensor) -> tuple[Tensor | None, ...]:
         lists: EdgeLists = ctx.lists
-        tensors: _Tensors = *ctx.saved_tensors, out.contiguous(), carried.contiguous()
+        *rows, features, offset = ctx.saved_tensors
+        given = features, offset, out.contiguous(), carried.contiguous()
         with torch.autocast(out.device.type, enabled=False):
-            return *_kernel_of(lists, out.dtype).backward(*tensors, lists), None, None
+            return *_kernel_of(lists, out.dtype).backward(Rows(*rows), *given, lists), None, None
 
 
 def _kernel_of(lists: EdgeLists, dtype: torch.dtype) -> Kernel:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from shardio import atomic
 from trainer.graph.edge_lists import EdgeLists
+from trainer.model.kernels.kernel import Rows
 
 logger = logging.getLogger(__name__)
 
@@ -120,47 +121,43 @@ class CppKernel:
         """It makes what it makes before it is called."""
         return CppKernel(idle=True)
 
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, tilt: Tensor, features: Tensor, lists: EdgeLists
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, rows: Rows, features: Tensor, lists: EdgeLists) -> tuple[Tensor, Tensor, Tensor]:
         """See Kernel."""
-        out, carried = torch.empty_like(query), torch.empty_like(tilt)
-        offset = features.new_empty(query.shape[:3])
-        arrays = (query, key, value, tilt, features, out, carried, offset)
-        self._call("attend_forward", query, key, features, lists, arrays)
+        out, carried = torch.empty_like(rows.query), torch.empty_like(rows.tilt)
+        offset = features.new_empty(rows.query.shape[:3])
+        self._call("attend_forward", rows, features, lists, (out, carried, offset))
         return out, carried, offset
 
     def backward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        tilt: Tensor,
-        features: Tensor,
-        offset: Tensor,
-        out: Tensor,
-        carried: Tensor,
-        lists: EdgeLists,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        self, rows: Rows, features: Tensor, offset: Tensor, out: Tensor, carried: Tensor, lists: EdgeLists
+    ) -> Rows:
         """See Kernel."""
-        gradients = tuple(torch.empty_like(tensor) for tensor in (query, key, value, tilt))
-        batch, _, heads, _ = query.shape
+        gradients = Rows(*(torch.empty_like(tensor) for tensor in rows))
+        batch, _, heads, _ = rows.query.shape
         weights, slopes = features.new_empty(2, batch, len(features), heads)
-        inputs = (query, key, value, tilt, features, offset, out, carried)
-        self._call("attend_backward", query, key, features, lists, (*inputs, *gradients, weights, slopes))
-        return gradients[0], gradients[1], gradients[2], gradients[3]
+        self._call("attend_backward", rows, features, lists, (offset, out, carried, *gradients, weights, slopes))
+        return gradients
 
-    def _call(
-        self, name: str, query: Tensor, key: Tensor, features: Tensor, lists: EdgeLists, arrays: tuple[Tensor, ...]
-    ) -> None:
+    def _call(self, name: str, rows: Rows, features: Tensor, lists: EdgeLists, more: tuple[Tensor, ...]) -> None:
         if self.idle:
             return
         library, why = load()
         if library is None:
             raise RuntimeError(f"the lists ask for a compiled kernel that this process cannot have: {why}")
-        batch, destinations, heads, depth = query.shape
+        batch, destinations, heads, depth = rows.query.shape
         edges, width = features.shape
-        sizes = (batch, destinations, key.shape[1], heads, depth, width, edges, lists.most, torch.get_num_threads())
-        pointers = [0 if tensor is None else tensor.data_ptr() for tensor in (lists.offsets, lists.ends, *arrays)]
+        sizes = (
+            batch,
+            destinations,
+            rows.key.shape[1],
+            heads,
+            depth,
+            width,
+            edges,
+            lists.most,
+            torch.get_num_threads(),
+        )
+        arrays = (lists.offsets, lists.ends, *rows, features, *more)
+        pointers = [0 if tensor is None else tensor.data_ptr() for tensor in arrays]
         lengths, places = (ctypes.c_int64 * len(sizes))(*sizes), (ctypes.c_void_p * len(pointers))(*pointers)
-        getattr(library, name)(query.element_size(), lengths, places)
+        getattr(library, name)(rows.query.element_size(), lengths, places)

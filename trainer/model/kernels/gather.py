@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from trainer.graph.edge_lists import Block, EdgeLists, Table
-from trainer.model.kernels.kernel import wide
+from trainer.model.kernels.kernel import Rows, wide
 
 BLOCK = {"cpu": 2**19}  # numbers gathered at once: 2 MB of float32, so that a few such arrays fit the cache
 BLOCK_ELSEWHERE = 2**25  # few large kernels
@@ -47,11 +47,9 @@ class GatherKernel:
         block = None if device.type == "cpu" else BLOCK_ELSEWHERE
         return replace(self, block=block, most_blocks=PLANNED_BLOCKS)
 
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, tilt: Tensor, features: Tensor, lists: EdgeLists
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, rows: Rows, features: Tensor, lists: EdgeLists) -> tuple[Tensor, Tensor, Tensor]:
         """The two sums, and log sum exp(logit) [batch, destinations, heads], with which p = exp(logit - it)."""
-        lists = lists.with_tables()
+        (query, key, value, tilt), lists = rows, lists.with_tables()
         out, carried = _blank(query, lists.incoming), _blank(tilt, lists.incoming)
         offset = query.new_zeros(query.shape[:3], dtype=features.dtype)
         for block in self._blocks(lists.blocks_in, lists.incoming, query):
@@ -69,19 +67,10 @@ class GatherKernel:
         return out, carried, offset
 
     def backward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        tilt: Tensor,
-        features: Tensor,
-        offset: Tensor,
-        out: Tensor,
-        carried: Tensor,
-        lists: EdgeLists,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        self, rows: Rows, features: Tensor, offset: Tensor, out: Tensor, carried: Tensor, lists: EdgeLists
+    ) -> Rows:
         """Gradients of query, key, value, tilt, given those of the two sums."""
-        lists = lists.with_tables()
+        (query, key, value, tilt), lists = rows, lists.with_tables()
         scale = query.shape[-1] ** -0.5
         d_query, d_tilt = _blank(query, lists.incoming), _blank(tilt, lists.incoming)
         d_key, d_value = _blank(key, lists.outgoing), _blank(value, lists.outgoing)
@@ -101,10 +90,10 @@ class GatherKernel:
             weights.index_copy_(1, own.reshape(-1), weight.flatten(1, 2))
             slopes.index_copy_(1, own.reshape(-1), slope.flatten(1, 2))
         for block in self._blocks(lists.blocks_out, lists.outgoing, key):
-            for rows, factor, result in ((out, weights, d_value), (query, slopes, d_key)):
-                terms = _gather(rows, block.ends) * _per_edge(factor, block).unsqueeze(-1)
+            for ends, factor, result in ((out, weights, d_value), (query, slopes, d_key)):
+                terms = _gather(ends, block.ends) * _per_edge(factor, block).unsqueeze(-1)
                 result.index_copy_(1, block.nodes, terms.sum(2).to(key.dtype))
-        return d_query, d_key, d_value, d_tilt
+        return Rows(d_query, d_key, d_value, d_tilt)
 
     def _blocks(
         self, cut: Callable[[Table, int], Iterator[Block]], tables: tuple[Table, ...], rows: Tensor

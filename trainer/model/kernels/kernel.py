@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from trainer.graph.edge_lists import EdgeLists
+
+
+class Rows(NamedTuple):
+    """What attends, and is attended to.
+
+    query, tilt: [batch, destinations, heads, depth or features]; key, value: [batch, sources, heads, depth].
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    tilt: Tensor
 
 
 class Kernel(Protocol):
@@ -30,25 +42,14 @@ class Kernel(Protocol):
         """What stands for it in a plan for that device: makes the same tensors, though they have no numbers."""
         ...
 
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, tilt: Tensor, features: Tensor, lists: EdgeLists
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, rows: Rows, features: Tensor, lists: EdgeLists) -> tuple[Tensor, Tensor, Tensor]:
         """The two sums of `attend`, and log sum exp(logit) [batch, destinations, heads], which backward is given."""
         ...
 
     def backward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        tilt: Tensor,
-        features: Tensor,
-        offset: Tensor,
-        out: Tensor,
-        carried: Tensor,
-        lists: EdgeLists,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Gradients of query, key, value and tilt, given those of the two sums."""
+        self, rows: Rows, features: Tensor, offset: Tensor, out: Tensor, carried: Tensor, lists: EdgeLists
+    ) -> Rows:
+        """Gradients of the rows, given those of the two sums, `out` and `carried`."""
         ...
 
 

@@ -10,18 +10,11 @@ from trainer.graph.halo import fetch
 from trainer.graph.pretend import Pretence
 from trainer.graph.sharded_graph import Links
 from trainer.model.layers import maybe_checkpoint
-from trainer.model.processors.layers import Layers
+from trainer.model.processors.layers import BlockList
 
 
-class EdgesProcessor(nn.ModuleList):
-    """All layers.
-
-    Args: layers: their blocks.
-    """
-
-    def __init__(self, layers: Layers) -> None:
-        super().__init__(layers.make() for _ in range(layers.count))
-        self.checkpointing = layers.checkpointing
+class EdgesProcessor(BlockList):
+    """All layers, one after the other."""
 
     def forward(self, hidden: Tensor, links: Links) -> Tensor:
         """[batch, hidden/M, channels], of all layers one after the other."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from shardio import balanced
 from trainer.comm import Alone, Comm
@@ -16,7 +16,7 @@ from trainer.graph.heads import HeadExchange, gather_edges, to_heads, to_nodes
 from trainer.graph.pretend import Pretence
 from trainer.graph.sharded_graph import EDGE_FEATURES, Chunk, Placement, cut_chunk
 from trainer.model.layers import along_edges, maybe_checkpoint
-from trainer.model.processors.layers import Layers
+from trainer.model.processors.layers import BlockList
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,15 +27,8 @@ class HeadLinks:
     chunks: tuple[Chunk]
 
 
-class HeadsProcessor(nn.ModuleList):
-    """All layers.
-
-    Args: layers: their blocks.
-    """
-
-    def __init__(self, layers: Layers) -> None:
-        super().__init__(layers.make() for _ in range(layers.count))
-        self.checkpointing = layers.checkpointing
+class HeadsProcessor(BlockList):
+    """All layers, one after the other."""
 
     def forward(self, hidden: Tensor, links: HeadLinks) -> Tensor:
         """[batch, hidden/M, channels], of all layers one after the other."""

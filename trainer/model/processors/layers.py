@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from torch import nn
+
 from trainer.model.layers import Block
 
 
@@ -20,3 +22,14 @@ class Layers:
     count: int
     make: Callable[[], Block]
     checkpointing: bool
+
+
+class BlockList(nn.ModuleList):
+    """The blocks of all layers.
+
+    Args: layers: how many, and of which kind.
+    """
+
+    def __init__(self, layers: Layers) -> None:
+        super().__init__(layers.make() for _ in range(layers.count))
+        self.checkpointing = layers.checkpointing
